@@ -1,0 +1,64 @@
+"""The image instructions: c_image = [f_first, PADs, f_last], the heart of PixelDance [paper Eq. 1].
+
+Two latents go in, one tensor of a clip's shape comes out, to be laid beside z_t on the channel
+axis. Training and sampling both call `make_c_image`, so that they cannot drift apart:
+
+    slot          0          1 .. f-2         f-1
+    c_image    f_first  |  0  0  ...  0  |  f_last, or 0 where it is dropped
+
+Zero means "nothing is said here", exactly zero, after the noise [ours: the paper drops "by
+replacing the corresponding latent with zeros" and has no mask channel, so zero is the only mark].
+
+Read before: `schedulers.py`. Read after: `sampling.py`.
+Not here: text, whose instruction goes in by cross-attention (`unet.py`).
+"""
+
+import torch
+from torch import Tensor
+
+from tinydance.schedulers import add_noise
+
+LAST_FRAMES = 3  # the last-frame instruction is one of so many at a clip's end [paper §3.2]
+
+
+def make_c_image(
+    f_first: Tensor | None,
+    f_last: Tensor | None,
+    frames: int,
+    eps: Tensor,
+    alpha_bar_c: float,
+    keep_last: Tensor | None = None,
+) -> Tensor:
+    """[f_first, PADs, f_last], noised where something is said [paper Eq. 1, §3.2].
+
+    f_first, f_last (b, 4, h, w): latents of the instructions, or None for "not given".
+    eps (b, 2, 4, h, w): their noises, independent of the clip's own [paper Fig. 3].
+    alpha_bar_c: of "a noise corresponding to 100 time steps" [paper §4.1]; 1 leaves them clean.
+    keep_last (b,) bool: the clips whose last frame is not dropped; None keeps all.
+
+    -> (b, f, 4, h, w). One frame is an image, and an image has no instruction: all zeros [ours].
+    """
+    b, _, c, h, w = eps.shape
+    c_image = eps.new_zeros(b, frames, c, h, w)
+    if frames == 1:
+        return c_image
+    if f_first is not None:
+        c_image[:, 0] = add_noise(f_first, eps[:, 0], alpha_bar_c)
+    if f_last is not None:
+        last = add_noise(f_last, eps[:, 1], alpha_bar_c)
+        if keep_last is not None:  # zero after the noise: a dropped instruction leaves no trace
+            last = torch.where(keep_last[:, None, None, None], last, torch.zeros_like(last))
+        c_image[:, -1] = last
+    return c_image
+
+
+def instructions_of(z_0: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    """f_first and f_last (b, 4, h, w) of training clips z_0 (b, f, 4, h, w) [paper §3.2].
+
+    "We randomly select an image from the last three ground-truth frames of a clip": back (b,)
+    in 0..2 counts from the end. Wherever it was, it goes into the last slot: the network learns
+    not to repeat it exactly.
+    """
+    f = z_0.shape[1]
+    index = (f - 1 - back).clamp(min=0)
+    return z_0[:, 0], z_0[torch.arange(len(z_0), device=z_0.device), index]

@@ -1,0 +1,191 @@
+"""Every choice of a run, by name, with who made it: one dataclass and one table of presets.
+
+The defaults are the paper's run; what it leaves open says so in its help text. `train.py` turns
+the fields into `--field value`; a preset sets several at once; the head of a run prints them all.
+
+Read before: `video.py`. Read after: `train.py`, `sample.py`.
+Not here: how a network is shaped. That is the table at the end, in the config files' own words.
+"""
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields, replace
+
+
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    # where
+    preset: str = option("toy", "the row of PRESETS that the other fields start from")
+    data: str = option("toyworld", "'toyworld', or a folder of videos with .txt captions beside them")
+    init: str = option("", "model folder to start the video stage from (SD 2.1, ModelScope, ours)")
+    out: str = option("runs/toy", "where stages write checkpoints, samples and models")
+    seed: int = option(0, "all randomness is a function of it, the step and the sample")
+
+    # the clip
+    frames: int = option(16, "frames of a clip [paper §4.1]")
+    fps: int = option(4, "frames per second of a clip [paper §4.1]")
+    height: int = option(256, "pixels [paper §4.1]")
+    width: int = option(256, "pixels [paper §4.1]")
+
+    # diffusion
+    num_train_timesteps: int = option(1000, "T [paper §4.1]")
+    beta_schedule: str = option("scaled_linear", "scaled_linear [SD] or linear [DDPM]")
+    beta_start: float = option(0.00085, "[SD]")
+    beta_end: float = option(0.012, "[SD]")
+    prediction_type: str = option("epsilon", "epsilon [paper §4.1] or v_prediction")
+    timestep_spacing: str = option("leading", "leading [SD] or trailing: samples from purest noise")
+
+    # the instructions
+    eta: float = option(0.25, "probability of dropping the last frame in training [paper §3.2]")
+    cond_noise_t: int = option(100, "diffusion steps of noise on c_image, 0 for none [paper §4.1]")
+    text_drop: float = option(0.1, "probability of an empty caption [ours: paper silent; SD]")
+    image_every: int = option(8, "every so-manyth step is a batch of images [paper §4.1]")
+
+    # optimisation
+    batch: int = option(192, "clips a step, over all ranks [paper §4.1]")
+    image_batch: int = option(1536, "images on an image step [ours: paper silent; 8 x batch]")
+    lr: float = option(5e-5, "AdamW's learning rate [ours: paper silent; ModelScope]")
+    warmup: int = option(1000, "steps from 0 to lr [ours: paper silent]")
+    decay: bool = option(False, "let the rate fall to zero along a half cosine [ours: paper silent]")
+    weight_decay: float = option(0.01, "[ours: paper silent; VGen]")
+    clip_grad: float = option(1.0, "largest norm of the gradient [ours: paper silent; VGen]")
+    ema: float = option(0.9999, "decay of the averaged weights [ours: paper silent; VGen]")
+    vae_steps: int = option(0, "steps of the VAE stage; 0: frozen, from --init [paper §4.1]")
+    text_steps: int = option(0, "steps of the text stage; 0: frozen, from --init [paper §4.1]")
+    image_steps: int = option(0, "steps of the image stage; 0: from --init [paper §3.1]")
+    video_steps: int = option(200_000, "steps of the video stage [paper §4.1]")
+
+    # the machine
+    device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
+    dtype: str = option("auto", "float32 or bfloat16 (autocast; the weights stay float32)")
+    compile: str = option("auto", "torch.compile: on, off, or auto: on where there is CUDA")
+    gradient_checkpointing: bool = option(False, "less memory for a third more time")
+    workers: int = option(4, "processes that read data, on each rank")
+    save_every: int = option(1000, "steps between checkpoints")
+    sample_every: int = option(2000, "steps between film strips")
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("frames", 2, None), ("fps", 1, None), ("height", 8, None), ("width", 8, None),
+            ("eta", 0, 1), ("text_drop", 0, 1), ("cond_noise_t", 0, self.num_train_timesteps - 1),
+            ("image_every", 0, None), ("batch", 1, None), ("image_batch", 1, None),
+            ("lr", 0, None), ("warmup", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None),
+            ("ema", 0, 1), ("vae_steps", 0, None), ("text_steps", 0, None),
+            ("image_steps", 0, None), ("video_steps", 0, None), ("workers", 0, None),
+            ("save_every", 1, None), ("sample_every", 1, None), ("seed", 0, None),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not (low <= value and (high is None or value <= high)):
+                upper = f" to {high}" if high is not None else " or more"
+                raise ValueError(f"{name} is {value}; use {low}{upper}")
+        for name, allowed in (
+            ("device", ("auto", "cuda", "mps", "cpu")),
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("compile", ("auto", "on", "off")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {allowed}")
+
+
+# What differs from the paper's run.
+PRESETS = {
+    # field                paper                            toy [ours]: two laptop cores, minutes
+    "out":                  ("runs/paper",                  "runs/toy"),
+    "height":               (256,                           32),
+    "width":                (256,                           32),
+    "beta_schedule":        ("scaled_linear",               "linear"),        # ends in noise (1)
+    "beta_start":           (0.00085,                       1e-4),
+    "beta_end":             (0.012,                         0.02),
+    "prediction_type":      ("epsilon",                     "v_prediction"),  # (2)
+    "timestep_spacing":     ("leading",                     "trailing"),
+    "eta":                  (0.25,                          0.5),             # (3)
+    "batch":                (192,                           8),
+    "image_batch":          (1536,                          64),
+    "lr":                   (5e-5,                          1e-3),
+    "warmup":               (1000,                          100),
+    "decay":                (False,                         True),
+    "ema":                  (0.9999,                        0.999),
+    "vae_steps":            (0,                             3000),
+    "text_steps":           (0,                             600),
+    "image_steps":          (0,                             4000),
+    "video_steps":          (200_000,                       6000),
+    "workers":              (4,                             0),
+    "save_every":           (1000,                          500),
+    "sample_every":         (2000,                          1000),
+}  # fmt: skip
+# (1) SD's schedule leaves sqrt(alpha_bar_T) = 0.068 of the signal: over a clip of small latents,
+#     enough to read from z_T where things will be, and to learn nothing from first frame and text.
+# (2) At high noise, where places across frames are decided, epsilon's loss has hardly a gradient.
+# (3) The last frame tells how a toy clip ends, so text is needed only where it is dropped.
+COLUMNS = ("paper", "toy")
+
+
+def make_config(preset: str = "toy", **given) -> Config:
+    """The preset's configuration with some fields changed, as strings or as what they are.
+
+    Raises ValueError naming an unknown preset or field (with the nearest), or a wrong value.
+    """
+    if preset not in COLUMNS:
+        raise ValueError(f"unknown preset {preset!r}{did_you_mean(preset, COLUMNS)}")
+    kinds = {f.name: f.type for f in fields(Config)}
+    for name in given:
+        if name not in kinds:
+            raise ValueError(f"unknown field {name!r}{did_you_mean(name, kinds)}")
+    column = COLUMNS.index(preset)
+    values = {name: row[column] for name, row in PRESETS.items()} | {"preset": preset}
+    values |= {name: convert(name, value, kinds[name]) for name, value in given.items()}
+    return Config(**values)
+
+
+def convert(name: str, value, kind: type):
+    """`value`, maybe a word from the command line, as the field's type."""
+    if not isinstance(value, str) or kind is str:
+        return value
+    try:
+        if kind is bool:
+            return {"true": True, "on": True, "false": False, "off": False}[value.lower()]
+        return kind(value)
+    except (KeyError, ValueError):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise ValueError(f"{name} is {value!r}; it must be {wanted}") from None
+
+
+def did_you_mean(word: str, known) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def describe(config: Config) -> str:
+    """One line a field, aligned: name, value, and where the choice comes from."""
+    return "\n".join(
+        f"  {f.name:<24}{getattr(config, f.name)!s:<16}{f.metadata['help']}" for f in fields(config)
+    )
+
+
+# How the networks are shaped: arguments of UNet, VAE and TextTower, in the words of the hub's
+# config files. The paper's preset reads them from --init instead.
+NETWORKS = {
+    "toy": {
+        "unet": {
+            "block_out_channels": (64, 128),
+            "layers_per_block": 1,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 64,
+            "norm_num_groups": 8,
+            "attention_levels": (False, True),
+            "temporal_dropout": 0.0,
+        },
+        "vae": {"block_out_channels": (16, 32, 64), "layers_per_block": 1, "norm_num_groups": 8},
+        "text": {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+    },
+}
+
+__all__ = ["Config", "NETWORKS", "PRESETS", "asdict", "describe", "make_config", "replace"]

@@ -1,0 +1,96 @@
+"""PixelDance in one place: the parts of a model and the folder that they live in.
+
+A model is a folder in the layout of the hub: `unet/ vae/ text_encoder/ tokenizer/ scheduler/`, each
+with its config and weights. SD 2.1, ModelScope's text-to-video and our own runs are all read by
+`PixelDance.from_folder`. What has no place there (the clip's shape, how to sample by default)
+stands in `pixeldance.json`.
+
+Read before: `clip.py`. Read after: `weights.py`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinydance.clip import TextTower, Tokenizer
+from tinydance.schedulers import Schedule
+from tinydance.unet import UNet
+from tinydance.vae import VAE
+
+SHIPPED = Path(__file__).parent / "toy_model"  # comes with the package
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """What a model makes when nothing else is asked for; the defaults are the paper's."""
+
+    frames: int = 16  # [paper §4.1]
+    fps: int = 4  # [paper §4.1]
+    height: int = 256  # [paper §4.1]
+    width: int = 256
+    cond_noise_t: int = 100  # noise on c_image, as in training [paper §4.1]
+    steps: int = 50  # [ours: paper silent; ModelScope]
+    guidance: float = 7.5  # [ours: paper silent; DynamiCrafter]
+
+
+@dataclass
+class PixelDance:
+    unet: UNet
+    vae: VAE
+    text_tower: TextTower
+    tokenizer: Tokenizer
+    schedule: Schedule
+    settings: ClipSettings = field(default_factory=ClipSettings)
+
+    @classmethod
+    def from_folder(cls, path) -> "PixelDance":
+        """Read a model folder. Raises ValueError naming what is missing or does not fit."""
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"{path} is no folder: give a model folder, with unet/, vae/, ... in it")
+        settings = path / "pixeldance.json"
+        return cls(
+            unet=UNet.from_folder(path / "unet").eval(),
+            vae=VAE.from_folder(path / "vae").eval(),
+            text_tower=TextTower.from_folder(path / "text_encoder").eval(),
+            tokenizer=Tokenizer.from_folder(path / "tokenizer"),
+            schedule=Schedule.from_folder(path / "scheduler"),
+            settings=ClipSettings(**json.loads(settings.read_text()))
+            if settings.is_file()
+            else ClipSettings(),
+        )
+
+    def save(self, path, dtype: torch.dtype | None = None) -> None:
+        """Write the folder; dtype (say torch.float16) is that of the weights on disk."""
+        path = Path(path)
+        self.unet.save(path / "unet", dtype)
+        self.vae.save(path / "vae", dtype)
+        self.text_tower.save(path / "text_encoder", dtype)
+        self.tokenizer.save(path / "tokenizer")
+        self.schedule.save(path / "scheduler")
+        (path / "pixeldance.json").write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+
+    def to(self, device) -> "PixelDance":
+        for part in (self.unet, self.vae, self.text_tower):
+            part.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """c_text (n, 77, d) [paper §3.1]."""
+        return self.text_tower(self.tokenizer(prompts).to(self.device))
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the latents. Raises ValueError where the networks do not divide the size."""
+        unet_stride = 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+        multiple = self.vae.stride * unet_stride
+        if height % multiple or width % multiple:
+            raise ValueError(f"size is {height}x{width}; both must be multiples of {multiple}")
+        return height // self.vae.stride, width // self.vae.stride

@@ -1,0 +1,547 @@
+"""Training: the diffusion loss under PixelDance's three instructions, and the loop that lowers it.
+
+`DiffusionLoss.forward` is section 3.2 of the paper in one straight line. `fit` is the loop of every
+stage; `train` chains the stages, which are those of the real pipeline made small:
+
+    vae    pictures to latents          (the paper takes Stable Diffusion's, frozen)
+    text   captions to c_text           (the paper takes CLIP's, frozen)
+    image  the spatial layers as text-to-image on single frames (the paper: Stable Diffusion's UNet)
+    video  everything, clips with an image step every 8th       (this is the paper)
+
+Read before: `unet.py`. Read after: `train.py`, then `vae.py` and `clip.py`.
+Not here: gradient accumulation, sharded optimizers, latents cached on disk.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from tinydance.clip import ContrastiveLoss, TextTower, Tokenizer, build_vocabulary
+from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image
+from tinydance.config import NETWORKS, Config, asdict, describe
+from tinydance.data import Source, batches, open_source
+from tinydance.model import ClipSettings, PixelDance
+from tinydance.noise import draw, generator
+from tinydance.sampling import sample_frames
+from tinydance.schedulers import Schedule, add_noise, target
+from tinydance.unet import UNet
+from tinydance.vae import VAE, ReconstructionLoss
+from tinydance.video import film_strip, to_frames, to_pixels
+
+STAGES = ("vae", "text", "image", "video")
+HELD_OUT = 1_000_003  # added to the seed: clips that no training step sees
+KEPT_CHECKPOINTS = 2
+
+
+# ------------------------------------------------------------------------------------- the loss
+class DiffusionLoss(nn.Module):
+    """The mean square error of the UNet's answer for one batch of clips, or of images (f = 1)."""
+
+    def __init__(self, model: PixelDance, config: Config):
+        super().__init__()
+        self.unet = model.unet
+        self.model, self.config = model, config  # a dataclass: the frozen parts stay unregistered
+        self.alpha_bar = model.schedule.alpha_bar
+
+    def forward(self, pixels: Tensor, captions: list[str], numbers: list[int]) -> Tensor:
+        """pixels (b, f, 3, H, W); numbers: the samples', from which all their randomness comes."""
+        (b, f), device, config = pixels.shape[:2], pixels.device, self.config
+        h, w = self.model.latent_size(*pixels.shape[-2:])
+        generators = [generator(config.seed, n) for n in numbers]
+        u = torch.stack([torch.rand(4, generator=g) for g in generators])  # b 4, uniform
+        t = (u[:, 0] * config.num_train_timesteps).long()
+        keep_last = u[:, 1] >= config.eta
+        keep_text = u[:, 2] >= config.text_drop
+        back = (u[:, 3] * LAST_FRAMES).long()
+
+        # The borrowed organs are frozen: "the weights of pre-trained text encoder and VAE model
+        # are frozen during training" [paper §4.1].
+        z_0 = self.model.vae.encode_video(pixels, draw(generators, f, 4, h, w, device=device))
+        texts = [caption if keep else "" for caption, keep in zip(captions, keep_text.tolist())]
+        c_text = self.model.encode_text(texts)
+
+        f_first, f_last = instructions_of(z_0, back.to(device))
+        eps_c = draw(generators, 2, 4, h, w, device=device)  # "different noises" [paper Fig. 3]
+        alpha_bar_c = float(self.alpha_bar[config.cond_noise_t]) if config.cond_noise_t else 1.0
+        c_image = make_c_image(f_first, f_last, f, eps_c, alpha_bar_c, keep_last.to(device))
+
+        eps = draw(generators, f, 4, h, w, device=device)
+        alpha_bar_t = self.alpha_bar[t].to(device)
+        z_t = add_noise(z_0, eps, alpha_bar_t)
+        out = self.unet(torch.cat([z_t, c_image], dim=2), t.to(device), c_text)
+        return F.mse_loss(out.float(), target(z_0, eps, alpha_bar_t, config.prediction_type))
+
+
+# ------------------------------------------------------------------------------------ the machine
+class Machine:
+    """Which device this process computes on, how exactly, and as which of how many processes."""
+
+    def __init__(self, config: Config):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        kind = config.device
+        if kind == "auto":
+            mps = torch.backends.mps.is_available()
+            kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if kind == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("device is cuda, but torch sees no CUDA card; use --device cpu")
+            torch.cuda.set_device(local_rank)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+        self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else fast_dtype(kind)
+        self.compile = config.compile == "on" or (config.compile == "auto" and kind == "cuda")
+        if self.world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+
+    def autocast(self):
+        """Matrix products and convolutions in bfloat16; its range is float32's, so no loss scale."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def mean(self, *values: float) -> list[float]:
+        """The mean over all ranks of each value."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return (tensor / self.world_size).tolist()
+
+    def wait(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def fast_dtype(kind: str) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it: on CUDA, and on CPUs with AVX-512 BF16 or AMX."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if kind == "cuda" or (kind == "cpu" and supported()) else torch.float32
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+def save_checkpoint(folder: Path, step: int, state: dict) -> None:
+    """Write folder/step_N/state.pt whole or not at all, then drop the oldest.
+
+    A crash leaves an unfinished folder of another name, which nobody reads.
+    """
+    final, unfinished = folder / f"step_{step:08d}", folder / f"unfinished_{step:08d}"
+    if final.exists():
+        return
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    with open(unfinished / "state.pt", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, final)
+    for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints there are, the oldest first."""
+    return sorted(folder.glob("step_*"))
+
+
+def steps_done(stage_folder: Path) -> int:
+    saved = checkpoints(stage_folder / "checkpoints")
+    return int(saved[-1].name.removeprefix("step_")) if saved else 0
+
+
+# Fields that may differ when a run goes on: where and how fast, not what.
+FREE = {"out", "device", "dtype", "compile", "gradient_checkpointing", "workers", "save_every",
+        "sample_every", "vae_steps", "text_steps", "image_steps", "video_steps"}  # fmt: skip
+
+
+def check_same(config: Config, saved: dict, path: Path) -> None:
+    now = asdict(config)
+    changed = [
+        f"{name} was {saved[name]} and is {now[name]}"
+        for name in now
+        if name not in FREE and name in saved and saved[name] != now[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} was trained with other choices: {'; '.join(changed)}. "
+            "Use those, or another --out"
+        )
+
+
+# ------------------------------------------------------------------------------------------ the loop
+def learning_rate(step: int, steps: int, config: Config) -> float:
+    """A function of the step: nothing to save."""
+    rate = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
+    if config.decay:
+        rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rate
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, module: nn.Module, step: int, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * weights, in float32; the first steps weigh more."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)
+
+
+def fit(
+    stage: str,
+    objective: nn.Module,
+    trained: nn.Module,
+    steps: int,
+    stream: Callable[[int, int], object],
+    config: Config,
+    machine: Machine,
+    publish: Callable[[nn.Module, int], None],
+    show: Callable[[nn.Module, int], None] = lambda ema, step: None,
+) -> nn.Module:
+    """Train for `steps` steps, from the newest checkpoint if there is one; -> the EMA weights.
+
+    objective(pixels, captions, numbers) -> loss; trained: the part of it that is kept.
+    stream(first, last) yields this rank's batches of the steps first..last - 1 (`data.batches`).
+    publish(ema, step) writes the model folder, at every checkpoint; show(ema, step) a film strip.
+    A run that stopped and goes on equals a straight one: every random number is a function of
+    (seed, step, sample), so a step needs no more than the weights, their averages and Adam's state.
+    SIGTERM or Ctrl-C saves at the current step and leaves.
+    """
+    folder = Path(config.out) / stage
+    objective.to(machine.device).train()
+    ema = copy.deepcopy(trained).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        [p for p in objective.parameters() if p.requires_grad],
+        lr=config.lr, weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+    start = 0
+    if saved := checkpoints(folder / "checkpoints"):
+        state = torch.load(saved[-1] / "state.pt", map_location="cpu", weights_only=True)
+        check_same(config, state["config"], saved[-1])
+        objective.load_state_dict(state["objective"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    if start >= steps:
+        return ema
+
+    # --- scale: the same step, compiled, on many devices
+    if machine.compile:
+        trained.compile()  # in place: names keep no prefix; `ema` stays uncompiled
+    step_loss = objective
+    if machine.world_size > 1:
+        # An image step does not reach the temporal layers: without the search for unused
+        # parameters the ranks would part in silence; with it those gradients stay None.
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        step_loss = DistributedDataParallel(
+            objective, find_unused_parameters=stage in ("image", "video")
+        )
+
+    stop = StopSignal()
+    log = Log(stage, folder, start, steps) if machine.rank == 0 else None
+    for step, frames, captions, numbers in stream(start, steps):
+        torch.manual_seed(generator(config.seed, step, machine.rank).initial_seed())  # dropout's
+        rate = learning_rate(step, steps, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        pixels = to_pixels(frames.to(machine.device, non_blocking=True))
+        # ------------------------------------------------------------------ the step
+        with machine.autocast():
+            loss = step_loss(pixels, captions, numbers)
+        optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW leaves what has no gradient
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad)
+        if torch.isfinite(norm):  # the same on all ranks: the gradients are
+            optimizer.step()
+        update_ema(ema, trained, step, config.ema)
+        # ---------------------------------------------------------------------------
+        mean_loss, stopping = machine.mean(loss.item(), float(stop.asked))
+        done = step + 1
+        last = done == steps or stopping > 0
+        if log:
+            log.step(done, mean_loss, float(norm), rate, images=frames.shape[1] == 1)
+        if done % config.save_every == 0 or last:
+            if machine.rank == 0:
+                state = {
+                    "step": done, "config": asdict(config), "objective": objective.state_dict(),
+                    "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                }  # fmt: skip
+                save_checkpoint(folder / "checkpoints", done, state)
+                publish(ema, done)
+            machine.wait()
+        if done % config.sample_every == 0 or last:
+            if machine.rank == 0:
+                show(ema, done)
+            machine.wait()
+        if stopping:
+            break
+    if log:
+        log.close()
+    stop.restore()
+    if stopping and done < steps:
+        raise Interrupted(f"stopped at step {done} of {steps} of stage {stage}; it is saved: "
+                          "the same command goes on")  # fmt: skip
+    return ema
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C; the loop looks at it once a step. A second one kills."""
+
+    def __init__(self):
+        self.asked = False
+        names = [n for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
+        self.before = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names}
+        for number in self.before:
+            signal.signal(number, self.note)
+
+    def note(self, number, frame) -> None:
+        self.asked = True
+        signal.signal(number, self.before[number])
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """log.jsonl, a line a step, and the progress bar (plain lines where there is no terminal)."""
+
+    EVERY = 20.0  # seconds between plain lines
+
+    def __init__(self, stage: str, folder: Path, start: int, steps: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.jsonl"
+        kept = []
+        if path.exists():  # steps after the checkpoint will be taken again
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file, self.stage, self.start, self.steps = path.open("a"), stage, start, steps
+        self.bar = tqdm(
+            total=steps, initial=start, desc=stage, disable=not sys.stderr.isatty(), unit="step",
+        )  # fmt: skip
+        self.begun = self.shown = time.time()
+        self.smooth = None
+
+    def step(self, done: int, loss: float, norm: float, rate: float, images: bool) -> None:
+        record = {"step": done, "loss": loss, "grad_norm": norm, "lr": rate,
+                  "kind": "image" if images else "clip", "seconds": time.time() - self.begun}  # fmt: skip
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
+        self.bar.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{rate:.1e}", refresh=False)
+        self.bar.update()
+        now = time.time()
+        if self.bar.disable and (now - self.shown > self.EVERY or done == self.steps):
+            self.shown = now
+            pace = (done - self.start) / (now - self.begun)
+            left = (self.steps - done) / pace / 60
+            print(f"{self.stage} {done}/{self.steps}  loss {self.smooth:.4f}  lr {rate:.1e}  "
+                  f"{pace:.2f} steps/s  {left:.1f} min left", flush=True)  # fmt: skip
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+
+# ---------------------------------------------------------------------------------------- the stages
+def train(config: Config, stage: str = "all") -> None:
+    """Run one stage, or every stage that is not there yet, each from what the ones before left."""
+    machine = Machine(config)
+    if machine.rank == 0:
+        print(f"tinydance on {machine.world_size} x {machine.device}, {machine.dtype}")
+        print(describe(config), flush=True)
+    source = open_source(config.data, config.frames, config.fps, (config.height, config.width),
+                         config.seed)  # fmt: skip
+    chosen = STAGES if stage == "all" else (stage,)
+    for name in chosen:
+        if getattr(config, f"{name}_steps") == 0:
+            if stage != "all":
+                raise ValueError(f"{name}_steps is 0: nothing to train; give --{name}_steps N")
+            continue
+        RUN[name](config, machine, source)
+        machine.wait()
+
+
+def part_folder(config: Config, part: str) -> Path:
+    """The folder of a part that an earlier stage trained, or that --init brings."""
+    stage = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}[part]
+    if config.init:
+        return Path(config.init) / part
+    folder = Path(config.out) / stage / "model" / part
+    if getattr(config, f"{stage}_steps") == 0:
+        raise ValueError(f"preset {config.preset} starts from a trained {part}: give --init FOLDER, "
+                         "a model folder such as Stable Diffusion 2.1's")  # fmt: skip
+    if not folder.exists():
+        raise ValueError(f"{folder} is missing: run --stage {stage} first, or no --stage for all")
+    return folder
+
+
+def train_vae(config: Config, machine: Machine, source: Source) -> None:
+    """The autoencoder, on single frames."""
+    torch.manual_seed(config.seed)
+    vae = VAE(**NETWORKS["toy"]["vae"])
+    folder = Path(config.out) / "vae"
+
+    def stream(first: int, last: int):
+        return batches(source, first, last, config.batch, machine.rank, machine.world_size,
+                       config.workers, single=lambda step: True)  # fmt: skip
+
+    def pixels(count: int) -> Tensor:
+        frames = [source.frame(HELD_OUT + n).frames for n in range(count)]
+        return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
+
+    def publish(ema: VAE, step: int) -> None:
+        # Latents of unit variance, as SD's 0.18215 makes them [LDM]
+        ema.config["scaling_factor"] = 1.0
+        ema.config["scaling_factor"] = 1 / float(ema.encode_video(pixels(256)).std())
+        ema.save(folder / "model" / "vae")
+
+    def show(ema: VAE, step: int) -> None:
+        x = pixels(16)
+        y = ema.decode_video(ema.encode_video(x))
+        rows = [to_frames(v[:, 0].clamp(-1, 1)) for v in (x, y)]
+        save_strip(folder, step, film_strip(rows, ["frames", f"through the VAE, {psnr(x, y):.1f} dB"]))
+
+    objective = ReconstructionLoss(vae, config.seed)
+    fit("vae", objective, vae, config.vae_steps, stream, config, machine, publish, show)
+
+
+def train_text(config: Config, machine: Machine, source: Source) -> None:
+    """The tokenizer's vocabulary from the captions' words; the tower against clips, as CLIP's."""
+    torch.manual_seed(config.seed)
+    tokenizer = build_vocabulary(source.words())
+    tower = TextTower(
+        vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.start_id,
+        eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id, **NETWORKS["toy"]["text"],
+    )  # fmt: skip
+    folder = Path(config.out) / "text"
+
+    def stream(first: int, last: int):
+        return batches(source, first, last, config.image_batch, machine.rank, machine.world_size,
+                       config.workers)  # fmt: skip
+
+    def publish(ema: TextTower, step: int) -> None:
+        tokenizer.save(folder / "model" / "tokenizer")
+        ema.save(folder / "model" / "text_encoder")
+
+    objective = ContrastiveLoss(tower, tokenizer)
+    fit("text", objective, tower, config.text_steps, stream, config, machine, publish)
+
+
+def train_diffusion(stage: str, config: Config, machine: Machine, source: Source) -> None:
+    """The UNet: as text-to-image on single frames, or on clips with images every so often."""
+    torch.manual_seed(config.seed)
+    if stage == "image":
+        unet = UNet(**NETWORKS["toy"]["unet"])
+    else:
+        unet = UNet.from_folder(part_folder(config, "unet"))
+    unet.gradient_checkpointing = config.gradient_checkpointing
+    fields = Schedule.__dataclass_fields__
+    chosen = {name: value for name, value in asdict(config).items() if name in fields}
+    sampling = {"steps": 25, "guidance": 3.0} if config.preset == "toy" else {}
+    model = PixelDance(
+        unet=unet,
+        vae=VAE.from_folder(part_folder(config, "vae")).requires_grad_(False).eval(),
+        text_tower=TextTower.from_folder(part_folder(config, "text_encoder"))
+        .requires_grad_(False)
+        .eval(),
+        tokenizer=Tokenizer.from_folder(part_folder(config, "tokenizer")),
+        schedule=Schedule(**chosen),
+        settings=ClipSettings(
+            frames=config.frames, fps=config.fps, height=config.height, width=config.width,
+            cond_noise_t=config.cond_noise_t, **sampling,
+        ),
+    ).to(machine.device)  # fmt: skip
+    model.latent_size(config.height, config.width)  # raises before anything is trained
+    folder = Path(config.out) / stage
+
+    def is_image_step(step: int) -> bool:
+        every = config.image_every
+        return stage == "image" or (every > 0 and step % every == every - 1)
+
+    def stream(first: int, last: int):
+        return batches(
+            source, first, last, config.batch, machine.rank, machine.world_size, config.workers,
+            single=is_image_step, image_batch=config.image_batch,
+        )  # fmt: skip
+
+    def with_unet(ema: UNet) -> PixelDance:
+        parts = vars(model) | {"unet": ema}
+        return PixelDance(**parts)
+
+    def publish(ema: UNet, step: int) -> None:
+        with_unet(ema).save(folder / "model")
+
+    def show(ema: UNet, step: int) -> None:
+        with machine.autocast():
+            strip = show_images if stage == "image" else show_clips
+            save_strip(folder, step, strip(with_unet(ema), source, config.seed))
+
+    if machine.rank == 0:
+        count = sum(p.numel() for p in unet.parameters())
+        print(f"stage {stage}: a UNet of {count:,} parameters", flush=True)
+    steps = config.image_steps if stage == "image" else config.video_steps
+    fit(stage, DiffusionLoss(model, config), unet, steps, stream, config, machine, publish, show)
+
+
+RUN: dict[str, Callable] = {
+    "vae": train_vae,
+    "text": train_text,
+    "image": lambda *args: train_diffusion("image", *args),
+    "video": lambda *args: train_diffusion("video", *args),
+}
+
+
+# --------------------------------------------------------------------------------------- the pictures
+def show_images(model: PixelDance, source: Source, seed: int):
+    """A sheet of single frames: a row of eight seeds for each of six held-out captions."""
+    captions = [source.clip(HELD_OUT + n).caption for n in range(6)]
+    frames = to_frames(sample_frames(model, captions * 8, frames=1, seed=seed))
+    rows = frames.unflatten(0, (8, 6)).transpose(0, 1).flatten(1, 2)  # (8 6) 1 -> 6 8
+    return film_strip(list(rows), captions)
+
+
+def show_clips(model: PixelDance, source: Source, seed: int):
+    """Three held-out captions, each from text alone, with the first frame, with the last as well."""
+    clips = [source.clip(HELD_OUT + n) for n in range(3)]
+    captions = [clip.caption for clip in clips]
+    pixels = to_pixels(torch.stack([clip.frames for clip in clips])).to(model.device)
+    first, last = pixels[:, 0], pixels[:, -1]
+    given = {"text": (None, None), "text, first": (first, None), "text, first, last": (first, last)}
+    rows, titles, firsts, lasts = [], [], [], []
+    made = {k: to_frames(sample_frames(model, captions, *v, seed=seed)) for k, v in given.items()}
+    for n, caption in enumerate(captions):
+        for name, (I_first, I_last) in given.items():
+            rows.append(made[name][n])
+            titles.append(f"{caption} ({name})")
+            firsts.append(None if I_first is None else clips[n].frames[0])
+            lasts.append(None if I_last is None else clips[n].frames[-1])
+    return film_strip(rows, titles, first=firsts, last=lasts)
+
+
+def save_strip(folder: Path, step: int, picture) -> None:
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    picture.save(folder / "samples" / f"step_{step:08d}.png")
+
+
+def psnr(x: Tensor, y: Tensor) -> float:
+    """Peak signal-to-noise ratio of pixels in [-1, 1], in dB."""
+    return float(10 * torch.log10(4 / F.mse_loss(y.clamp(-1, 1), x)))
