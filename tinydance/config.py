@@ -8,6 +8,8 @@ Not here: how a network is shaped. That is the table at the end, in the config f
 """
 
 import difflib
+import os
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 
 
@@ -163,6 +165,16 @@ def describe(config: Config) -> str:
     return "\n".join(
         f"  {f.name:<24}{getattr(config, f.name)!s:<16}{f.metadata['help']}" for f in fields(config)
     )
+
+
+def run_main(main) -> None:
+    """Run a script's main(); what the user gave wrongly ends it in one line and exit code 2."""
+    try:
+        main()
+    except (ValueError, FileExistsError) as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun, every process finds the same
+            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 # How the networks are shaped: arguments of UNet, VAE and TextTower, in the words of the hub's

@@ -1,0 +1,78 @@
+"""c_image = [f_first, PADs, f_last] (Eq. 1), and what section 3.2 does to it."""
+
+import pytest
+import torch
+from reference import difference
+
+from tinydance.conditioning import instructions_of, make_c_image
+from tinydance.schedulers import Schedule, add_noise
+
+ALPHA_BAR = float(Schedule().alpha_bar[100])
+
+
+def latents(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def given(b=2, f=5):
+    return latents(b, 4, 3, 2, seed=1), latents(b, 4, 3, 2, seed=2), f, latents(b, 2, 4, 3, 2, seed=3)
+
+
+def test_first_and_last_stand_in_their_slots_and_pads_are_exactly_zero():
+    f_first, f_last, f, eps = given()
+    c_image = make_c_image(f_first, f_last, f, eps, ALPHA_BAR)
+    assert c_image.shape == (2, 5, 4, 3, 2)
+    assert difference(c_image[:, 0], add_noise(f_first, eps[:, 0], ALPHA_BAR)) == 0
+    assert difference(c_image[:, 4], add_noise(f_last, eps[:, 1], ALPHA_BAR)) == 0
+    assert int((c_image[:, 1:4] != 0).sum()) == 0
+
+
+def test_the_noise_is_that_of_100_diffusion_steps():
+    f_first, f_last, f, eps = given()
+    c_image = make_c_image(f_first, f_last, f, eps, ALPHA_BAR)
+    assert difference(c_image[:, 0], 0.94563 * f_first + 0.32523 * eps[:, 0]) < 1e-4
+
+
+def test_alpha_bar_one_leaves_the_instructions_clean():
+    f_first, f_last, f, eps = given()
+    c_image = make_c_image(f_first, f_last, f, eps, 1.0)
+    assert difference(c_image[:, 0], f_first) == 0 and difference(c_image[:, -1], f_last) == 0
+
+
+def test_a_dropped_last_frame_is_exactly_zero_after_the_noise():
+    f_first, f_last, f, eps = given()
+    keep = torch.tensor([True, False])
+    c_image = make_c_image(f_first, f_last, f, eps, ALPHA_BAR, keep)
+    assert c_image[0, -1].abs().min() > 0 and int((c_image[1, -1] != 0).sum()) == 0
+    assert c_image[1, 0].abs().min() > 0  # the first frame is never dropped
+
+
+def test_a_dropped_last_frame_has_no_gradient():
+    f_first, f_last, f, eps = given()
+    f_last.requires_grad_()
+    make_c_image(f_first, f_last, f, eps, ALPHA_BAR, torch.tensor([True, False])).sum().backward()
+    assert f_last.grad[0].abs().min() > 0 and int((f_last.grad[1] != 0).sum()) == 0
+
+
+def test_no_last_frame_equals_one_that_is_dropped():
+    f_first, f_last, f, eps = given()
+    dropped = make_c_image(f_first, f_last, f, eps, ALPHA_BAR, torch.tensor([False, False]))
+    assert torch.equal(dropped, make_c_image(f_first, None, f, eps, ALPHA_BAR))
+
+
+def test_an_image_has_no_instruction():
+    f_first, f_last, _, eps = given()
+    assert int((make_c_image(f_first, f_last, 1, eps, ALPHA_BAR) != 0).sum()) == 0
+
+
+@pytest.mark.parametrize("f", [3, 4, 16])
+def test_the_last_instruction_is_one_of_the_clips_last_three(f):
+    z_0 = torch.arange(f).float().reshape(1, f, 1, 1, 1).expand(3, f, 4, 2, 2)
+    f_first, f_last = instructions_of(z_0, torch.tensor([0, 1, 2]))
+    assert f_first.unique().tolist() == [0]
+    assert [float(x.unique()) for x in f_last] == [f - 1, f - 2, f - 3]
+
+
+def test_a_clip_shorter_than_three_frames_stays_inside_itself():
+    z_0 = latents(1, 2, 4, 2, 2)
+    assert torch.equal(instructions_of(z_0, torch.tensor([2]))[1], z_0[:, 0])

@@ -1,0 +1,292 @@
+"""Claims of `tinydance/data.py`: the order is a function, bad files are survived, and counted."""
+
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from test_video import SIZE, make_sound, make_video, numbers
+
+from tinydance import data
+from tinydance.data import FIRST_IMAGE, ToyWorld, VideoFolder, batches, open_source
+from tinydance.toyworld import World
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Five videos of 2, 4, 6, 8 and 10 seconds in two folders; one has no caption."""
+    root = tmp_path_factory.mktemp("good")
+    (root / "inner").mkdir()
+    for k, name in enumerate(["a.mp4", "b.webm", "c.mkv", "inner/d.MOV", "inner/e e.avi"]):
+        kind = {"b.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime"}},
+                "inner/e e.avi": {"codec": "mpeg4", "options": {}}}.get(name, {})
+        path = make_video(root / name, frames=50 + 50 * k, **kind)
+        if name != "c.mkv":
+            path.with_suffix(".txt").write_text(f"\ufeffclip {k},\n  caf\u00e9 ", "utf-8")
+    (root / "._a.mp4").write_bytes(b"left by a Mac")
+    (root / "notes.md").write_text("not a video")
+    return root
+
+
+@pytest.fixture(scope="module")
+def mixed(good, tmp_path_factory):
+    """The good ones among five of which nothing can be read."""
+    root = tmp_path_factory.mktemp("mixed") / "videos"
+    shutil.copytree(good, root)
+    spoil(root)
+    return root
+
+
+def spoil(root):
+    (root / "empty.mp4").write_bytes(b"")
+    (root / "garbage.mp4").write_bytes(bytes(range(256)) * 40)
+    (root / "page.mp4").write_text("<html>404</html>")
+    (root / "gone.mp4").symlink_to(root / "nowhere.mp4")
+    make_sound(root / "sound.mp4")
+
+
+def same(a, b):
+    return torch.equal(a.frames, b.frames) and a[1:] == b[1:]
+
+
+def same_batches(a, b):
+    a, b = list(a), list(b)
+    return len(a) == len(b) > 0 and all(
+        x[0] == y[0] and torch.equal(x[1], y[1]) and x[2:] == y[2:] for x, y in zip(a, b))
+
+
+# --------------------------------------------------------------------------------------------------
+# Sources
+
+
+def test_the_toy_world_is_endless_and_a_function_of_seed_and_number():
+    source = ToyWorld(3)
+    clip = source.clip(10**12)
+    assert clip.frames.shape == (source.frames, 3, *source.size)
+    assert clip.frames.dtype == torch.uint8 and clip.caption and clip.name == "toy/3/1000000000000"
+    assert same(clip, ToyWorld(3).clip(10**12))
+    assert not same(clip, ToyWorld(4).clip(10**12)) and not same(clip, source.clip(10**12 + 1))
+
+
+def test_the_toy_worlds_single_frames_come_from_the_whole_clip_whatever_is_in_it():
+    source = ToyWorld(0)
+    seen = Counter()
+    for n in range(400):
+        clip, frame = source.clip(n), source.frame(n)
+        assert frame.frames.shape[0] == 1 and frame[1:] == clip[1:]
+        k = [torch.equal(picture, frame.frames[0]) for picture in clip.frames].index(True)
+        seen[clip.caption.split()[2], k * 2 // source.frames] += 1
+    shapes = {shape for shape, _ in seen}
+    assert len(shapes) == 3
+    for shape in shapes:  # early and late frames alike, of every shape
+        assert 0.35 < seen[shape, 0] / (seen[shape, 0] + seen[shape, 1]) < 0.65
+
+
+def test_a_folder_finds_its_videos_and_their_captions(good):
+    source = VideoFolder(good, SIZE, frames=4)
+    assert source.names == ["a.mp4", "b.webm", "c.mkv", "inner/d.MOV", "inner/e e.avi"]
+    assert len(source) == 5 and source.missing_captions == 1
+    captions = {clip.name: clip.caption for clip in map(source.clip, range(5))}
+    assert captions == {name: "" if name == "c.mkv" else f"clip {k}, caf\u00e9"
+                        for k, name in enumerate(source.names)}
+
+
+def test_an_epoch_shows_every_video_once_and_the_next_in_another_order(good):
+    source = VideoFolder(good, SIZE, frames=1, seed=5)
+    epochs = [[source.clip(5 * epoch + k).name for k in range(5)] for epoch in range(6)]
+    assert all(sorted(epoch) == source.names for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 3
+
+
+def test_clips_run_at_four_fps_from_starts_all_over_the_video(good):
+    source = VideoFolder(good, SIZE, frames=6, seed=1)
+    firsts = []
+    for n in range(100):
+        clip = source.clip(n)
+        if clip.name == "inner/d.MOV":  # 8 seconds, 200 frames
+            shown = numbers(clip.frames)
+            assert all(b - a in (6, 7) for a, b in zip(shown, shown[1:])) and shown[-1] < 200
+            firsts.append(shown[0])
+    assert len(firsts) == 20 and min(firsts) < 40 and max(firsts) > 130
+
+
+def test_a_clip_is_a_function_of_seed_and_number_alone(good):
+    one, two = VideoFolder(good, SIZE, seed=2), VideoFolder(good, SIZE, seed=2)
+    late = [two.clip(n) for n in (7, 3, 12)]
+    assert all(same(one.clip(n), clip) for n, clip in zip((7, 3, 12), late))
+    assert not all(same(VideoFolder(good, SIZE, seed=3).clip(n), clip)
+                   for n, clip in zip((7, 3, 12), late))
+
+
+def test_a_single_frame_comes_from_any_time_of_the_video(good):
+    source = VideoFolder(good, SIZE, frames=16)
+    frames = [source.frame(n) for n in range(100)]
+    assert all(frame.frames.shape == (1, 3, *SIZE) for frame in frames)
+    shown = [numbers(frame.frames)[0] for frame in frames if frame.name == "inner/d.MOV"]
+    assert min(shown) < 40 and max(shown) > 160
+    assert not source.counts
+
+
+def test_short_videos_are_padded_and_counted_or_rejected_and_counted(good):
+    padding = VideoFolder(good, SIZE, frames=16)  # 3.75 s; a.mp4 has 2 s
+    clips = [padding.clip(n) for n in range(10)]
+    short = [numbers(clip.frames) for clip in clips if clip.name == "a.mp4"]
+    assert short == [[0, 6, 12, 18, 25, 31, 37, 43] + [49] * 8] * 2
+    assert padding.counts["padded"] == 2 and not padding.rejected
+    rejecting = VideoFolder(good, SIZE, frames=16, short="reject")
+    assert all(rejecting.clip(n).name != "a.mp4" for n in range(10))
+    assert rejecting.rejected == {"too_short": 2}
+
+
+def test_bad_videos_are_replaced_the_same_way_each_time_and_counted_by_reason(mixed, good):
+    source, again = (VideoFolder(mixed, SIZE, frames=2, seed=8) for _ in range(2))
+    clips = [source.clip(n) for n in range(30)]
+    assert all(same(again.clip(n), clips[n]) for n in reversed(range(30)))
+    assert {clip.name for clip in clips} == set(VideoFolder(good, SIZE).names)
+    assert set(source.rejected) == {"not_a_video", "no_video_stream", "missing"}
+    assert source.rejected == again.rejected and source.rejected["not_a_video"] >= 9
+
+
+def test_a_folder_of_bad_videos_ends_in_seconds_with_the_reasons(tmp_path):
+    spoil(tmp_path)
+    begin = time.time()
+    with pytest.raises(ValueError, match="20 unreadable videos in a row") as error:
+        VideoFolder(tmp_path, SIZE).clip(0)
+    assert "12 not_a_video" in str(error.value) and "4 no_video_stream" in str(error.value)
+    assert "4 missing" in str(error.value) and "\n" not in str(error.value)
+    assert time.time() - begin < 5
+
+
+def test_of_a_truncated_video_another_start_is_tried(tmp_path):
+    whole = make_video(tmp_path / "whole.mp4", frames=250).read_bytes()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "a.mp4").write_bytes(whole[:len(whole) // 2])
+    source = VideoFolder(tmp_path / "cut", SIZE, frames=4)
+    for n in range(10):
+        shown = numbers(source.clip(n).frames)
+        assert [b - a in (6, 7) for a, b in zip(shown, shown[1:])] == [True] * 3
+    assert set(source.rejected) == {"damaged"}
+
+
+def test_a_folder_without_videos_is_refused_in_one_line(tmp_path):
+    (tmp_path / "notes.md").write_text("not a video")
+    for root, words in {tmp_path / "absent": "no such folder", tmp_path: "no video inside",
+                        tmp_path / "notes.md": "no such folder"}.items():
+        with pytest.raises(ValueError, match=words) as error:
+            VideoFolder(root, SIZE)
+        assert str(root) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="'pad' or 'reject'"):
+        VideoFolder(tmp_path, SIZE, short="skip")
+
+
+def test_a_source_knows_the_words_of_its_captions(good):
+    assert VideoFolder(good, SIZE).words() == ["0,", "1,", "3,", "4,", "caf\u00e9", "clip"]
+    toy = ToyWorld(0)
+    assert {word for n in range(50) for word in toy.clip(n).caption.split()} <= set(toy.words())
+
+
+def test_a_source_is_opened_by_its_name(good):
+    folder = open_source(str(good), 5, 8, SIZE, seed=3)
+    assert same(folder.clip(1), VideoFolder(good, SIZE, 5, 8, 3).clip(1))
+    toy = open_source("toyworld", 7, 4, (48, 48), seed=3)
+    assert same(toy.clip(1), ToyWorld(3, World(48, 7)).clip(1)) and toy.size == (48, 48)
+    for name, size, words in [("toyworld", SIZE, "48x64"), ("toy", SIZE, "no such folder")]:
+        with pytest.raises(ValueError, match=words):
+            open_source(name, 16, 4, size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches
+
+
+def every_fourth(step):
+    return step % 4 == 3
+
+
+HOW = dict(global_batch=4, single=every_fourth, image_batch=8)
+
+
+def test_batches_have_the_promised_shapes_and_numbers():
+    source = ToyWorld(0)
+    for step, frames, captions, shown in batches(source, 2, 9, **HOW):
+        b, f, start = (8, 1, FIRST_IMAGE) if every_fourth(step) else (4, source.frames, 0)
+        assert frames.shape == (b, f, 3, *source.size) and frames.dtype == torch.uint8
+        assert shown == [start + step * b + j for j in range(b)] and len(captions) == b
+        read = source.frame if f == 1 else source.clip
+        assert torch.equal(frames[1], read(shown[1]).frames)
+        assert captions[1] == read(shown[1]).caption
+    assert step == 8
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_ranks_together_see_what_one_alone_does(world_size):
+    alone = batches(ToyWorld(0), 0, 5, **HOW)
+    ranks = [batches(ToyWorld(0), 0, 5, rank=rank, world_size=world_size, **HOW)
+             for rank in range(world_size)]
+    for whole, *shares in zip(alone, *ranks, strict=True):
+        assert {share[0] for share in shares} == {whole[0]}
+        assert torch.equal(torch.cat([share[1] for share in shares]), whole[1])
+        assert sum((share[2] for share in shares), []) == whole[2]
+        assert sum((share[3] for share in shares), []) == whole[3]
+
+
+def test_no_sample_is_seen_twice():
+    shown = [n for batch in batches(ToyWorld(0), 0, 40, **HOW) for n in batch[3]]
+    assert len(set(shown)) == len(shown)
+
+
+def test_to_resume_is_to_start_at_the_step():
+    straight = list(batches(ToyWorld(0), 0, 10, **HOW))
+    assert same_batches(straight[6:], batches(ToyWorld(0), 6, 10, **HOW))
+
+
+def test_workers_change_no_byte_and_lose_no_count(mixed):
+    by_hand, by_workers = (VideoFolder(mixed, SIZE, frames=6, seed=4) for _ in range(2))
+    assert same_batches(batches(by_hand, 0, 9, **HOW), batches(by_workers, 0, 9, workers=2, **HOW))
+    assert by_hand.counts == by_workers.counts and by_hand.rejected
+    assert same_batches(batches(ToyWorld(1), 3, 9, **HOW),
+                        batches(ToyWorld(1), 3, 9, workers=2, **HOW))
+
+
+def test_a_stream_with_workers_can_be_left_early():
+    begin = time.time()
+    stream = batches(ToyWorld(0), 0, 10**6, 4, workers=2)
+    assert [batch[0] for batch in islice(stream, 3)] == [0, 1, 2]
+    stream.close()
+    assert time.time() - begin < 8
+
+
+def test_a_workers_failure_reaches_the_trainer_with_its_reasons(tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match="20 not_a_video"):
+        next(batches(VideoFolder(tmp_path, SIZE), 0, 1, 2, workers=1))
+
+
+@pytest.mark.parametrize("how", [dict(global_batch=3), dict(global_batch=0),
+                                 dict(global_batch=4, image_batch=5)])
+def test_a_batch_that_the_ranks_cannot_share_is_refused(how):
+    with pytest.raises(ValueError, match="make it a multiple"):
+        next(batches(ToyWorld(0), 0, 1, world_size=2, **how))
+
+
+class Sleepy(ToyWorld):
+    """Tells which processes make the clips."""
+
+    def clip(self, n):
+        time.sleep(0.02)
+        return super().clip(n)._replace(caption=str(os.getpid()))
+
+
+def test_workers_outlive_the_signals_that_ask_the_trainer_to_save():
+    stream = batches(Sleepy(0), 0, 40, 4, workers=2)
+    workers = {int(pid) for batch in islice(stream, 4) for pid in batch[2]}
+    assert len(workers) == 2 and os.getpid() not in workers
+    for pid in workers:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+    assert [batch[0] for batch in islice(stream, 20)] == list(range(4, 24))
+    stream.close()

@@ -1,0 +1,169 @@
+"""Noise in and noise out, against the reference libraries' trajectories and slow formulas."""
+
+import math
+
+import pytest
+import torch
+from reference import difference, golden
+
+from tinydance.schedulers import (
+    Schedule,
+    add_noise,
+    ddim_step,
+    ddpm_posterior,
+    ddpm_step,
+    split_prediction,
+    target,
+)
+
+CONFIG, _, GOLDEN = golden("schedulers")
+
+
+def stand_in(x, t):
+    """The network of the golden trajectories (config.note)."""
+    return 0.3 * x + 0.1 * torch.sin(3 * x + t / 1000)
+
+
+def test_alpha_bar_is_stable_diffusions():
+    assert difference(Schedule().alpha_bar, GOLDEN["alphas_cumprod"]) < 1e-6
+
+
+def test_linear_betas_are_ddpms():
+    betas, product = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 1.0
+    slow = []
+    for beta in betas.tolist():
+        product *= 1 - beta
+        slow.append(product)
+    fast = Schedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02).alpha_bar
+    assert difference(fast, torch.tensor(slow)) < 1e-6
+
+
+def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_first_step():
+    plain = Schedule(prediction_type="v_prediction").alpha_bar
+    zero = Schedule(prediction_type="v_prediction", rescale_betas_zero_snr=True).alpha_bar
+    assert float(zero[-1]) == 0 and abs(float(zero[0] - plain[0])) < 1e-6
+    assert (zero[1:] < zero[:-1]).all()
+
+
+def test_noise_is_added_as_in_the_reference():
+    alpha_bar_t = Schedule().alpha_bar[GOLDEN["t"]]
+    assert difference(add_noise(GOLDEN["x0"], GOLDEN["noise"], alpha_bar_t), GOLDEN["noised"]) < 1e-5
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [4, 25, 50])
+def test_ddim_trajectories_are_the_references(prediction, steps):
+    schedule, z = Schedule(prediction_type=prediction), GOLDEN["noise"]
+    pairs = schedule.timesteps(steps)
+    assert [t for t, _ in pairs] == GOLDEN[f"ddim_{prediction}_{steps}_timesteps"].tolist()
+    for t, t_prev in pairs:
+        z = ddim_step(z, stand_in(z, t), t, t_prev, schedule)
+    assert difference(z, GOLDEN[f"ddim_{prediction}_{steps}"]) < 1e-4
+
+
+def test_ddim_with_eta_one_is_the_references():
+    schedule, z = Schedule(), GOLDEN["noise"]
+    for (t, t_prev), noise in zip(schedule.timesteps(25), GOLDEN["ddim_eta1_zs"]):
+        z = ddim_step(z, stand_in(z, t), t, t_prev, schedule, 1.0, noise)
+    assert difference(z, GOLDEN["ddim_eta1"]) < 1e-4
+
+
+def test_ddpm_posterior_mean_is_the_references():
+    z = GOLDEN["noise"]
+    for t, mean in zip(GOLDEN["ddpm_posterior_t"].tolist(), GOLDEN["ddpm_posterior_mean"]):
+        ours, _ = ddpm_posterior(z, stand_in(z, t), t, t - 1, Schedule())
+        assert difference(ours, mean) < 1e-4
+
+
+def test_ddpm_posterior_is_bayes_rule():
+    """q(z_s | z_t, z_0) from two Gaussians multiplied by hand, in float64 (DDPM Eq. 6 and 7)."""
+    schedule, t, s = Schedule(), 600, 560
+    a_t, a_s = schedule.at(t), schedule.at(s)
+    alpha = a_t / a_s
+    z_0, z_t = torch.tensor([0.7], dtype=torch.float64), torch.tensor([-0.4], dtype=torch.float64)
+    precision = 1 / (1 - a_s) + alpha / (1 - alpha)
+    mean = (math.sqrt(a_s) * z_0 / (1 - a_s) + math.sqrt(alpha) * z_t / (1 - alpha)) / precision
+    out = (z_t - math.sqrt(a_t) * z_0) / math.sqrt(1 - a_t)  # the eps that means this z_0
+    ours, sigma = ddpm_posterior(z_t, out, t, s, schedule)
+    assert difference(ours, mean) < 1e-9
+    assert abs(sigma - math.sqrt(1 / precision)) < 1e-9
+
+
+def test_ddim_with_eta_one_and_ddpm_are_the_same_chain():
+    schedule, (t, s) = Schedule(), (500, 499)
+    generator = torch.Generator().manual_seed(0)
+    z, out, noise = (torch.randn(2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    ddim = ddim_step(z, out, t, s, schedule, 1.0, noise)
+    assert difference(ddim, ddpm_step(z, out, t, s, schedule, noise)) < 1e-9
+
+
+def test_the_last_ddpm_step_adds_no_noise():
+    z = torch.ones(1, 4)
+    noise = torch.full_like(z, 1e6)
+    assert float(ddpm_step(z, z, 1, -1, Schedule(), noise).abs().max()) < 10
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_training_target_gives_back_what_was_mixed(prediction):
+    generator = torch.Generator().manual_seed(1)
+    z_0, eps = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    for t in (0, 400, 999):
+        alpha_bar_t = Schedule().alpha_bar[t].double()
+        z_t = add_noise(z_0, eps, alpha_bar_t)
+        answer = target(z_0, eps, alpha_bar_t, prediction)
+        z_0_hat, eps_hat = split_prediction(z_t, answer, float(alpha_bar_t), prediction)
+        assert difference(z_0_hat, z_0) < 1e-9 and difference(eps_hat, eps) < 1e-9
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_every_number_of_steps_from_1_to_1000_works(spacing):
+    schedule = Schedule(timestep_spacing=spacing)
+    for steps in range(1, 1001):
+        pairs = schedule.timesteps(steps)
+        ts = [t for t, _ in pairs]
+        assert len(ts) == steps and 0 <= min(ts) and max(ts) <= 999
+        assert all(a > b for a, b in zip(ts, ts[1:]))
+        assert [t_prev for _, t_prev in pairs] == [*ts[1:], -1]
+
+
+def test_trailing_begins_at_the_purest_noise():
+    assert Schedule(timestep_spacing="trailing").timesteps(50)[0][0] == 999
+
+
+def test_zero_terminal_snr_samples_to_the_end():
+    schedule = Schedule(
+        prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+    )
+    for step in (ddim_step, ddpm_step):
+        z = GOLDEN["noise"]
+        for t, t_prev in schedule.timesteps(10):
+            z = step(z, stand_in(z, t), t, t_prev, schedule, noise=torch.zeros_like(z))
+        assert torch.isfinite(z).all()
+
+
+def test_a_perfect_network_leads_ddim_back_to_the_clip():
+    schedule, z_0 = Schedule(set_alpha_to_one=True), GOLDEN["x0"]
+    z = GOLDEN["noise"]
+    for t, t_prev in schedule.timesteps(20):
+        a = schedule.at(t)
+        z = ddim_step(z, (z - a**0.5 * z_0) / (1 - a) ** 0.5, t, t_prev, schedule)
+    assert difference(z, z_0) < 1e-4
+
+
+def test_a_schedule_survives_its_folder(tmp_path):
+    schedule = Schedule(beta_schedule="linear", prediction_type="v_prediction")
+    schedule.save(tmp_path)
+    assert Schedule.from_folder(tmp_path) == schedule
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_steps_out_of_range_are_refused(steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}; use 1 to 1000"):
+        Schedule().timesteps(steps)
+
+
+def test_unknown_choices_are_refused():
+    with pytest.raises(ValueError, match="beta_schedule is 'cosine'"):
+        Schedule(beta_schedule="cosine")
+    with pytest.raises(ValueError, match="needs prediction_type v_prediction"):
+        Schedule(rescale_betas_zero_snr=True)

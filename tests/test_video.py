@@ -1,0 +1,454 @@
+"""Claims of `tinydance/video.py`. The videos are made here, their frame numbers as stripes."""
+
+import struct
+import zlib
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tinydance import video
+from tinydance.video import BadVideo, film_strip, read_clip, read_image, save_video
+
+SIZE = (48, 64)
+TIMES = (0.0, 0.02, 0.59, 1.3, 1.81, 2.93)  # seconds; at 25 fps none is close to a new frame
+H264 = {"g": "30", "bf": "3", "preset": "ultrafast"}
+KINDS = {"mp4": {}, "mov": {}, "mkv": {}, "ts": {}, "avi": {"codec": "mpeg4", "options": {}},
+         "webm": {"codec": "libvpx-vp9", "options": {"g": "30", "deadline": "realtime"}}}
+
+
+def numbered(n, size=SIZE):
+    """A picture that says n: eight bits as upright stripes, in the lower half their negative."""
+    height, width = size
+    stripes = np.repeat([n >> k & 1 for k in range(8)], width // 8)
+    above = np.broadcast_to(stripes, (height // 2, 8 * (width // 8)))
+    picture = np.concatenate([above, 1 - above]) * 200 + 28
+    picture = np.pad(picture, ((0, height % 2), (0, width % 8)), "edge")
+    return np.repeat(picture[:, :, None], 3, 2).astype(np.uint8)
+
+
+def number(frame):
+    """The number in uint8 (3, h, w), or -1 where the picture is turned or torn."""
+    light = frame.float().mean(0)
+    h, w = light.shape
+    cells = light[:h // 2 * 2, :w // 8 * 8].reshape(2, h // 2, 8, w // 8)
+    cells = cells[:, 4:-4].mean((1, 3)) > 128
+    return sum(1 << k for k in range(8) if cells[0, k]) if (cells[0] != cells[1]).all() else -1
+
+
+def numbers(clip):
+    return [number(frame) for frame in clip]
+
+
+def make_video(path, frames=100, fps=25, times=None, codec="libx264", options=H264, size=SIZE,
+               rotation=0):
+    """A video in which frame k says k and comes at times[k] seconds; stored lying, if rotated."""
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width = size if rotation % 180 == 0 else size[::-1]
+        stream.pix_fmt = "yuv420p" if size[0] % 2 == 0 else "yuv444p"
+        tick = Fraction(1, fps) if times is None else Fraction(1, 1000)
+        stream.codec_context.time_base = tick
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for k in range(frames):
+            picture = np.rot90(numbered(k, size), -rotation // 90)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+            frame.time_base = tick
+            frame.pts = k if times is None else round(times[k] / tick)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def make_sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def reason(path, start=0.0, frames=16, **how):
+    with pytest.raises(BadVideo) as error:
+        read_clip(path, start, frames, 4, SIZE, **how)
+    assert path.name in str(error.value) and "\n" not in str(error.value)
+    return error.value.reason
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading clips
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_frames_are_those_on_screen_at_their_times(suffix, tmp_path):
+    path = make_video(tmp_path / f"v.{suffix}", **KINDS[suffix])
+    assert video.duration(path) == pytest.approx(4.0, abs=0.05)
+    for start in TIMES:
+        clip = read_clip(path, start, 5, 4, SIZE)
+        assert clip.shape == (5, 3, *SIZE) and clip.dtype == torch.uint8
+        assert numbers(clip) == [int((start + k / 4) * 25) for k in range(5)]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_time_counts_from_the_first_frame(suffix, tmp_path):
+    path = make_video(tmp_path / f"v.{suffix}", times=[5 + k / 25 for k in range(100)])
+    for start in TIMES:
+        assert numbers(read_clip(path, start, 5, 4, SIZE)) == numbers(
+            read_clip(path, start, 5, 4, SIZE, seek=False)) == [
+            int((start + k / 4) * 25) for k in range(5)]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm"])
+def test_varying_frame_rates_are_read_by_time(suffix, tmp_path):
+    gaps = np.random.default_rng(0).choice([0.02, 0.033, 0.3, 0.9], 60)
+    times = np.concatenate([[0], np.cumsum(gaps)])
+    path = make_video(tmp_path / f"v.{suffix}", frames=61, times=times, **KINDS[suffix])
+    for start in (0.0, 1.111, 4.567, 9.876):
+        wanted = [np.searchsorted(times, start + k / 4 + 1e-6) - 1 for k in range(16)]
+        assert numbers(read_clip(path, start, 16, 4, SIZE)) == wanted
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+def test_a_phones_lying_video_is_stood_up(rotation, tmp_path):
+    path = make_video(tmp_path / "v.mp4", frames=30, rotation=rotation)
+    assert numbers(read_clip(path, 0.1, 3, 4, SIZE)) == [2, 8, 15]
+
+
+@pytest.mark.parametrize("size", [(49, 67), (31, 65)])
+def test_odd_sizes_are_read(size, tmp_path):
+    path = make_video(tmp_path / "v.mp4", frames=30, size=size)
+    assert numbers(read_clip(path, 0.1, 3, 4, size)) == [2, 8, 15]
+    assert read_clip(path, 0.1, 3, 4, (20, 20)).shape == (3, 3, 20, 20)
+
+
+@pytest.mark.parametrize("size", [(20, 20), (21, 20), (33, 8), (15, 40)])
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_a_large_video_is_shrunk_until_it_can_be_cut_at_whole_pixels(size, rotation, tmp_path):
+    path = make_video(tmp_path / "v.mp4", frames=1, size=(82, 120), rotation=rotation)
+    with av.open(str(path)) as container:
+        picture = video._upright(next(container.decode(video=0)), size)
+    over = (picture.height - size[0], picture.width - size[1])
+    assert min(over) == 0 and max(over) % 2 == 0
+    assert torch.equal(read_clip(path, 0, 1, 4, size)[0], torch.from_numpy(
+        np.array(picture)[over[0] // 2:, over[1] // 2:][:size[0], :size[1]]).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webm", "ts"])
+def test_a_short_video_is_padded_with_its_last_frame_or_refused(suffix, tmp_path):
+    path = make_video(tmp_path / f"v.{suffix}", frames=20, **KINDS[suffix])
+    assert numbers(read_clip(path, 0.3, 6, 4, SIZE)) == [7, 13, 19, 19, 19, 19]
+    assert reason(path, 0.3, pad=False) == reason(path, 1.5) == "too_short"
+
+
+def test_a_video_of_one_frame_is_a_still(tmp_path):
+    path = make_video(tmp_path / "v.mp4", frames=1)
+    assert numbers(read_clip(path, 0.0, 16, 4, SIZE)) == [0] * 16
+
+
+def test_the_last_frame_may_stay_for_seconds(tmp_path):
+    path = make_video(tmp_path / "v.mkv", frames=3, times=[0, 0.1, 7.0])
+    assert numbers(read_clip(path, 0.05, 5, 4, SIZE)) == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_of_a_truncated_video_only_the_good_part_is_used(suffix, tmp_path):
+    whole = make_video(tmp_path / f"whole.{suffix}", frames=250).read_bytes()
+    path = tmp_path / f"cut.{suffix}"
+    path.write_bytes(whole[:len(whole) // 2])
+    assert numbers(read_clip(path, 0.59, 5, 4, SIZE)) == [14, 21, 27, 33, 39]
+    assert reason(path, 6.0) == reason(path, 3.0) == "damaged"
+
+
+def test_what_is_no_video_says_what_it_is(tmp_path):
+    make_video(tmp_path / "good.mp4")
+    files = {"empty": b"", "garbage": bytes(range(256)) * 40, "html": b"<html>404</html>",
+             "text": b"a red circle\n", "list": b"ffconcat version 1.0\nfile good.mp4\n",
+             "hls": b"#EXTM3U\n#EXTINF:4,\ngood.mp4\n#EXT-X-ENDLIST\n",
+             "headless": (tmp_path / "good.mp4").read_bytes().replace(b"moov", b"junk")}
+    for name, content in files.items():
+        (tmp_path / f"{name}.mp4").write_bytes(content)
+        assert reason(tmp_path / f"{name}.mp4") == "not_a_video", name
+    Image.new("RGB", (64, 48)).save(tmp_path / "png.mp4", "PNG")
+    assert reason(tmp_path / "png.mp4") == "not_a_video"
+    assert reason(make_sound(tmp_path / "sound.mp4")) == "no_video_stream"
+    assert reason(tmp_path / "absent.mp4") == reason(tmp_path) == "missing"
+    for address in ("http://127.0.0.1:9/good.mp4", f"concat:{tmp_path}/good.mp4"):
+        with pytest.raises(BadVideo, match="missing"):
+            video.duration(address)
+
+
+def test_damage_anywhere_gives_frames_or_bad_video_and_nothing_else(tmp_path):
+    whole = make_video(tmp_path / "good.mp4").read_bytes()
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), 30):
+            data[place] = rng.integers(256)
+        (tmp_path / "bad.mp4").write_bytes(data[:rng.integers(1, len(data) + 1)])
+        try:
+            assert read_clip(tmp_path / "bad.mp4", rng.random() * 3, 3, 4, SIZE).shape[0] == 3
+        except BadVideo:
+            pass
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_pixels_and_frames_are_each_others_inverse():
+    frames = torch.arange(256, dtype=torch.uint8).expand(2, 3, 256)
+    pixels = video.to_pixels(frames)
+    assert pixels.min() == -1 and pixels.max() == 1
+    assert torch.equal(video.to_frames(pixels), frames)
+    assert video.to_frames(torch.tensor([-9.0, 9.0, 0.001])).tolist() == [0, 255, 128]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 64), (64, 20), (7, 9)])
+def test_resize_crop_keeps_the_middle_and_the_shape(size):
+    y, x = np.mgrid[-60:60, -100:100] + 0.5
+    disc = Image.fromarray(np.uint8(255 * (x ** 2 + y ** 2 < 30 ** 2))).convert("RGB")
+    out = video.resize_crop(disc, size)[0].float() / 255
+    scale = min(120 / size[0], 200 / size[1])
+    ys, xs = torch.meshgrid(*(torch.arange(n) + 0.5 - n / 2 for n in size), indexing="ij")
+    assert (out * xs).sum().abs() / out.sum() < 0.05 and (out * ys).sum().abs() / out.sum() < 0.05
+    if min(size) * scale > 60:
+        assert out.sum() * scale ** 2 == pytest.approx(np.pi * 30 ** 2, rel=0.05)
+
+
+def test_shrinking_averages_and_the_same_size_changes_nothing():
+    checker = np.indices((128, 128)).sum(0) % 2 * 255
+    picture = Image.fromarray(np.repeat(checker[:, :, None], 3, 2).astype(np.uint8))
+    assert (video.resize_crop(picture, (16, 16)).float() - 127.5).abs().max() < 3
+    assert torch.equal(video.resize_crop(picture, (128, 128))[0], torch.from_numpy(checker).byte())
+
+
+def corners(picture):
+    """The colours of the four corners, row by row, from uint8 (3, H, W)."""
+    return [tuple(int(v) for v in picture[:, y, x]) for y in (2, -3) for x in (2, -3)]
+
+
+RED, LIME, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def four_corners():
+    picture = Image.new("RGB", (64, 64))
+    for k, colour in enumerate((RED, LIME, BLUE, WHITE)):
+        picture.paste(colour, (k % 2 * 32, k // 2 * 32, k % 2 * 32 + 32, k // 2 * 32 + 32))
+    return picture
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "noname"])
+def test_pictures_of_each_kind_are_read(name, tmp_path):
+    exact = {"a.webp": {"lossless": True}, "a.jpg": {"quality": 100}}.get(name, {})
+    four_corners().save(tmp_path / name, None if "." in name else "PNG", **exact)
+    read = read_image(tmp_path / name, (32, 32))
+    assert read.shape == (3, 32, 32) and read.dtype == torch.uint8
+    assert np.abs(np.subtract(corners(read), (RED, LIME, BLUE, WHITE))).max() < 4
+
+
+def test_exif_turns_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    four_corners().save(tmp_path / "a.png", exif=exif)
+    assert corners(read_image(tmp_path / "a.png", (64, 64))) == [BLUE, RED, WHITE, LIME]
+
+
+def test_alpha_lies_over_white(tmp_path):
+    picture = four_corners().convert("RGBA")
+    picture.paste((0, 0, 0, 0), (0, 0, 32, 32))
+    picture.save(tmp_path / "rgba.png")
+    palette = Image.new("P", (64, 64), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    Image.new("LA", (64, 64), (0, 0)).save(tmp_path / "gray.png")
+    assert corners(read_image(tmp_path / "rgba.png", (64, 64)))[0] == WHITE
+    assert corners(read_image(tmp_path / "palette.png", (64, 64)))[0] == WHITE
+    assert corners(read_image(tmp_path / "gray.png", (64, 64)))[0] == WHITE
+
+
+def test_gray_sixteen_bit_and_cmyk_become_rgb(tmp_path):
+    Image.new("L", (64, 64), 100).save(tmp_path / "gray.png")
+    Image.fromarray(np.full((64, 64), 100 * 257, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("1", (64, 64), 1).save(tmp_path / "bits.png")
+    Image.new("CMYK", (64, 64), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    for name, colour in {"gray.png": (100,) * 3, "deep.png": (100,) * 3, "bits.png": WHITE}.items():
+        assert corners(read_image(tmp_path / name, (16, 16)))[0] == colour
+    assert np.abs(np.subtract(corners(read_image(tmp_path / "cmyk.jpg", (16, 16))), RED)).max() < 5
+
+
+def test_of_an_animation_the_first_picture_is_read(tmp_path):
+    Image.new("RGB", (64, 64), RED).save(tmp_path / "a.gif", save_all=True,
+                                         append_images=[Image.new("RGB", (64, 64), BLUE)])
+    assert corners(read_image(tmp_path / "a.gif", (16, 16)))[0] == RED
+
+
+def huge_png(side):
+    """A PNG of side x side pixels, one bit each, in a few kilobytes."""
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+    rows = zlib.compress(bytes(side // 8 + 2) * side, 9)
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+            + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_pictures_are_refused_in_one_line_with_the_way_out(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    files = {"text.png": b"not a picture\n", "empty.png": b"", "page.jpg": b"<html></html>",
+             "cut.jpg": (tmp_path / "whole.jpg").read_bytes()[:2000],
+             "big.png": huge_png(9_000), "bigger.png": huge_png(10_000),
+             "bomb.png": huge_png(20_000)}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    Image.new("RGB", (64, 64)).save(tmp_path / "other.tiff")
+    advice = {"text.png": "convert", "empty.png": "convert", "page.jpg": "convert",
+              "cut.jpg": "damaged", "big.png": "megapixels", "bigger.png": "megapixels",
+              "bomb.png": "megapixels", "other.tiff": "convert", "absent.png": "no such file",
+              ".": "folder"}
+    for name, words in advice.items():
+        with pytest.raises(ValueError, match=words) as error:
+            read_image(tmp_path / name, (32, 32))
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_very_long_picture_costs_no_memory(tmp_path):
+    Image.new("L", (1, 60_000), 77).save(tmp_path / "a.png")
+    assert corners(read_image(tmp_path / "a.png", (256, 256))) == [(77, 77, 77)] * 4
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+def striped(count=6, size=SIZE):
+    return torch.from_numpy(np.stack([numbered(k, size) for k in range(count)])).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("fps", [4, 7.5, 30000 / 1001])
+def test_an_mp4_reads_back_and_plays_everywhere(fps, tmp_path):
+    path = save_video(striped(), tmp_path / "new" / "clip.mp4", fps=fps)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = list(container.decode(stream))
+        assert [frame.time for frame in frames] == pytest.approx([k / fps for k in range(6)])
+        assert (stream.codec_context.name, frames[0].format.name) == ("h264", "yuv420p")
+        assert (frames[0].height, frames[0].width) == (288, 384)  # six times, to 256 or more
+    assert numbers(read_clip(path, 0, 6, fps, SIZE)) == list(range(6))
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+def test_odd_sizes_are_made_even_by_one_repeated_line(tmp_path):
+    path = save_video(striped(size=(31, 65)), tmp_path / "clip.mp4", scale=1)
+    assert read_clip(path, 0, 1, 4, (32, 66)).shape == (1, 3, 32, 66)
+    assert numbers(read_clip(path, 0, 6, 4, (32, 66))[:, :, :31, :65]) == list(range(6))
+
+
+def test_without_x264_the_mp4_is_mpeg4(tmp_path, monkeypatch):
+    monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+    path = save_video(striped(), tmp_path / "clip.mp4")
+    assert numbers(read_clip(path, 0, 6, 4, SIZE)) == list(range(6))
+
+
+@pytest.mark.parametrize("fps, shown", [(4, [250] * 6), (24, [40, 40, 40, 50, 40, 40])])
+def test_a_gif_keeps_time_and_loops(fps, shown, tmp_path):
+    with Image.open(save_video(striped(), tmp_path / "clip.gif", fps=fps)) as gif:
+        assert gif.n_frames == 6 and gif.size == (384, 288) and gif.info["loop"] == 0
+        for k, milliseconds in enumerate(shown):
+            gif.seek(k)
+            assert gif.info["duration"] == milliseconds
+
+
+def test_an_animated_png_keeps_every_pixel(tmp_path):
+    frames = torch.randint(0, 256, (5, 3, 9, 11), dtype=torch.uint8)
+    with Image.open(save_video(frames, tmp_path / "clip.apng")) as apng:
+        for k in range(5):
+            apng.seek(k)
+            assert apng.info["duration"] == 250
+            assert np.array_equal(np.array(apng.convert("RGB")), frames[k].permute(1, 2, 0))
+
+
+def test_a_png_is_the_film_strip(tmp_path):
+    with Image.open(save_video(striped(), tmp_path / "clip.png")) as strip:
+        assert np.array_equal(np.array(strip), np.array(film_strip([striped()])))
+
+
+@pytest.mark.parametrize("suffix", video.SUFFIXES)
+def test_no_file_is_replaced_unless_allowed(suffix, tmp_path):
+    path = tmp_path / f"clip{suffix}"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match="overwriting"):
+        save_video(striped(), path)
+    assert path.read_text() == "mine"
+    save_video(striped(), path, overwrite=True)
+    assert path.stat().st_size > 100 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    def full(pictures, unfinished, rate):
+        unfinished.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+    path = tmp_path / "clip.mp4"
+    path.write_text("mine")
+    monkeypatch.setattr(video, "_write_mp4", full)
+    with pytest.raises(OSError, match="No space"):
+        save_video(striped(), path, overwrite=True)
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
+    for frames, name, fps, words in [
+            (striped(), "a.webm", 4, ".mp4 or .gif or .apng or .png"), (striped(), "a", 4, ".mp4"),
+            (video.to_pixels(striped()), "a.mp4", 4, "to_frames"),
+            (striped()[0], "a.mp4", 4, "f, 3, H"), (striped()[:0], "a.mp4", 4, "f, 3, H"),
+            (striped(), "a.mp4", 0, "fps")]:
+        with pytest.raises(ValueError, match=words):
+            save_video(frames, tmp_path / name, fps=fps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_film_strip_has_each_frame_in_its_place():
+    clips = [torch.randint(0, 256, (8, 3, 100, 120), dtype=torch.uint8) for _ in range(2)]
+    strip = np.array(film_strip(clips, every=2))
+    assert strip.shape == (12 + 2 * (100 + 8 + 12), 12 + 4 * 122 - 2 + 12, 3)
+    for row in range(2):
+        for column in range(4):
+            y, x = 12 + 4 + row * 120, 12 + column * 122
+            tile = torch.from_numpy(strip[y:y + 100, x:x + 120]).permute(2, 0, 1)
+            assert torch.equal(tile, clips[row][2 * column])
+            strip[y:y + 100, x:x + 120] = 255
+    assert (strip == 255).all()
+
+
+def test_instructions_stand_beside_the_row_in_red_and_green():
+    clip, picture = striped(4, (96, 96)), torch.full((3, 96, 96), 7, dtype=torch.uint8)
+    plain = film_strip([clip, clip])
+    strip = film_strip([clip, clip], first=picture, last=[None, picture])
+    assert strip.width == plain.width + 2 * (96 + 8 + 12) and strip.height == plain.height
+    middle, right = 12 + 4 + 48, strip.width - 12 - 1
+    assert strip.getpixel((12, middle)) == (214, 48, 49)
+    assert strip.getpixel((16, middle)) == (7, 7, 7)
+    assert strip.getpixel((right, middle)) == WHITE
+    assert strip.getpixel((right, middle + 116)) == (39, 160, 79)
+
+
+def test_captions_get_a_line_and_are_cut_where_the_row_ends():
+    clip = striped(2, (96, 96))
+    plain = film_strip([clip, clip])
+    long = "\u4e2d\n\u6587 \U0001f600" + " very" * 300 + " long"
+    strip = film_strip([clip, clip], ["a circle", long])
+    assert strip.size == (plain.width, plain.height + 2 * 22)
+    margin = np.array(strip)[:, -12:]
+    assert (margin == 255).all() and (np.array(strip)[12:30, 12:80] < 200).any()
+    film_strip([clip], ["narrow"], scale=0.05)
+    with pytest.raises(ValueError):
+        film_strip([clip, clip], ["one caption"])
