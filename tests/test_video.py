@@ -44,9 +44,9 @@ def numbers(clip):
 
 
 def make_video(path, frames=100, fps=25, times=None, codec="libx264", options=H264, size=SIZE,
-               rotation=0):
+               rotation=0, muxing={"movflags": "+faststart"}):
     """A video in which frame k says k and comes at times[k] seconds; stored lying, if rotated."""
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+    with av.open(str(path), "w", options=muxing) as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = size if rotation % 180 == 0 else size[::-1]
         stream.pix_fmt = "yuv420p" if size[0] % 2 == 0 else "yuv444p"
@@ -149,6 +149,14 @@ def test_a_short_video_is_padded_with_its_last_frame_or_refused(suffix, tmp_path
 def test_a_video_of_one_frame_is_a_still(tmp_path):
     path = make_video(tmp_path / "v.mp4", frames=1)
     assert numbers(read_clip(path, 0.0, 16, 4, SIZE)) == [0] * 16
+
+
+def test_a_stream_that_states_no_length_is_measured(tmp_path):
+    path = make_video(tmp_path / "v.mkv", muxing={"live": "1"})
+    with av.open(str(path)) as container:
+        assert container.duration is None and container.streams.video[0].duration is None
+    assert video.duration(path) == pytest.approx(4.0, abs=0.01)
+    assert numbers(read_clip(path, 2.93, 6, 4, SIZE)) == [73, 79, 85, 92, 98, 99]
 
 
 def test_the_last_frame_may_stay_for_seconds(tmp_path):

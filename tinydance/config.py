@@ -50,6 +50,8 @@ class Config:
     batch: int = option(192, "clips a step, over all ranks [paper §4.1]")
     image_batch: int = option(1536, "images on an image step [ours: paper silent; 8 x batch]")
     lr: float = option(5e-5, "AdamW's learning rate [ours: paper silent; ModelScope]")
+    vae_lr: float = option(1e-4, "of the VAE stage [ours]")
+    text_lr: float = option(1e-3, "of the text stage [ours]")
     warmup: int = option(1000, "steps from 0 to lr [ours: paper silent]")
     decay: bool = option(False, "let the rate fall to zero along a half cosine [ours: paper silent]")
     weight_decay: float = option(0.01, "[ours: paper silent; VGen]")
@@ -107,11 +109,12 @@ PRESETS = {
     "batch":                (192,                           8),
     "image_batch":          (1536,                          64),
     "lr":                   (5e-5,                          1e-3),
+    "vae_lr":               (1e-4,                          3e-3),
     "warmup":               (1000,                          100),
     "decay":                (False,                         True),
     "ema":                  (0.9999,                        0.999),
-    "vae_steps":            (0,                             3000),
-    "text_steps":           (0,                             600),
+    "vae_steps":            (0,                             6000),
+    "text_steps":           (0,                             400),
     "image_steps":          (0,                             4000),
     "video_steps":          (200_000,                       6000),
     "workers":              (4,                             0),

@@ -186,9 +186,9 @@ def check_same(config: Config, saved: dict, path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ the loop
-def learning_rate(step: int, steps: int, config: Config) -> float:
+def learning_rate(step: int, steps: int, peak: float, config: Config) -> float:
     """A function of the step: nothing to save."""
-    rate = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
+    rate = peak * min(1.0, (step + 1) / (config.warmup + 1))
     if config.decay:
         rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
     return rate
@@ -206,6 +206,7 @@ def fit(
     objective: nn.Module,
     trained: nn.Module,
     steps: int,
+    lr: float,
     stream: Callable[[int, int], object],
     config: Config,
     machine: Machine,
@@ -226,7 +227,7 @@ def fit(
     ema = copy.deepcopy(trained).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [p for p in objective.parameters() if p.requires_grad],
-        lr=config.lr, weight_decay=config.weight_decay, fused=True,
+        lr=lr, weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
     start = 0
     if saved := checkpoints(folder / "checkpoints"):
@@ -255,7 +256,7 @@ def fit(
     log = Log(stage, folder, start, steps) if machine.rank == 0 else None
     for step, frames, captions, numbers in stream(start, steps):
         torch.manual_seed(generator(config.seed, step, machine.rank).initial_seed())  # dropout's
-        rate = learning_rate(step, steps, config)
+        rate = learning_rate(step, steps, lr, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
         pixels = to_pixels(frames.to(machine.device, non_blocking=True))
@@ -421,7 +422,7 @@ def train_vae(config: Config, machine: Machine, source: Source) -> None:
         save_strip(folder, step, film_strip(rows, ["frames", f"through the VAE, {psnr(x, y):.1f} dB"]))
 
     objective = ReconstructionLoss(vae, config.seed)
-    fit("vae", objective, vae, config.vae_steps, stream, config, machine, publish, show)
+    fit("vae", objective, vae, config.vae_steps, config.vae_lr, stream, config, machine, publish, show)
 
 
 def train_text(config: Config, machine: Machine, source: Source) -> None:
@@ -443,7 +444,7 @@ def train_text(config: Config, machine: Machine, source: Source) -> None:
         ema.save(folder / "model" / "text_encoder")
 
     objective = ContrastiveLoss(tower, tokenizer)
-    fit("text", objective, tower, config.text_steps, stream, config, machine, publish)
+    fit("text", objective, tower, config.text_steps, config.text_lr, stream, config, machine, publish)
 
 
 def train_diffusion(stage: str, config: Config, machine: Machine, source: Source) -> None:
@@ -499,7 +500,8 @@ def train_diffusion(stage: str, config: Config, machine: Machine, source: Source
         count = sum(p.numel() for p in unet.parameters())
         print(f"stage {stage}: a UNet of {count:,} parameters", flush=True)
     steps = config.image_steps if stage == "image" else config.video_steps
-    fit(stage, DiffusionLoss(model, config), unet, steps, stream, config, machine, publish, show)
+    objective = DiffusionLoss(model, config)
+    fit(stage, objective, unet, steps, config.lr, stream, config, machine, publish, show)
 
 
 RUN: dict[str, Callable] = {

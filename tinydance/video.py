@@ -211,25 +211,34 @@ def _upright(frame: av.VideoFrame, size: tuple[int, int]) -> Image.Image:
 # Writing clips and film strips
 
 
+def check_output(path: str | Path, overwrite: bool = False) -> None:
+    """Raise ValueError for a file name that `save_video` cannot write, FileExistsError for one that
+    is taken; to be asked before the work that fills it."""
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path}: cannot write {path.suffix!r}; end it in {' or '.join(SUFFIXES)}")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already; choose another name or allow overwriting")
+
+
 def save_video(frames: torch.Tensor, path: str | Path, fps: float = 4, scale: float | None = None,
-               overwrite: bool = False) -> Path:
+               overwrite: bool = False, caption: str = "", first: torch.Tensor | None = None,
+               last: torch.Tensor | None = None) -> Path:
     """Write uint8 (f, 3, H, W) as .mp4, .gif, .apng (animated) or .png (film strip).
 
     scale: enlarges; by default mp4 and GIF to 256 pixels or more, while .apng keeps the clip's own
-    pixels exactly. Returns the path. The file appears whole or not at all.
+    pixels exactly. caption, first, last: what a film strip shows beside the frames.
+    Returns the path. The file appears whole or not at all.
     Raises FileExistsError rather than replace a file, unless `overwrite`.
     """
+    check_output(path, overwrite)
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path}: cannot write {suffix!r}; end it in {' or '.join(SUFFIXES)}")
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not len(frames):
         raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}, "
                          "not uint8 (f, 3, H, W); use to_frames")
     if not fps > 0:
         raise ValueError(f"fps is {fps}; it must be above 0")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; choose another name or allow overwriting")
     path.parent.mkdir(parents=True, exist_ok=True)
     if scale is None and suffix in (".mp4", ".gif"):
         scale = ceil(256 / min(256, *frames.shape[-2:]))
@@ -237,7 +246,7 @@ def save_video(frames: torch.Tensor, path: str | Path, fps: float = 4, scale: fl
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}{suffix}")
     try:
         if suffix == ".png":
-            film_strip([frames], scale=scale).save(unfinished)
+            film_strip([frames], [caption], scale=scale, first=first, last=last).save(unfinished)
         elif suffix == ".mp4":
             _write_mp4(_pictures(frames, scale), unfinished, Fraction(fps).limit_denominator(1001))
         else:

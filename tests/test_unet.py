@@ -1,0 +1,218 @@
+"""The pseudo-3D UNet against the field's references, and the promises its design rests on."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from reference import HERE, difference, fill, golden, tiny_unet
+
+from tinydance.unet import (
+    MAX_ATTENTION_BATCH,
+    Attention,
+    TimeConv,
+    UNet,
+    attention,
+    from_diffusers_config,
+    from_time_rows,
+    is_temporal,
+    to_time_rows,
+)
+
+
+def shapes_of(name):
+    """{parameter: shape} of a public checkpoint, from tests/keys."""
+    with gzip.open(HERE / "keys" / f"{name}_keys.txt.gz", "rt") as file:
+        return {k: json.loads(v) for k, v in (line.split(" ", 1) for line in file)}
+
+
+def inputs(b=2, f=3, h=4, w=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(b, f, 8, h, w, generator=g)
+    return z, torch.randint(0, 1000, (b,), generator=g), torch.randn(b, 7, 16, generator=g)
+
+
+@torch.no_grad()
+def test_a_clip_is_denoised_as_by_modelscopes_layout():
+    config, keys, golden_ = golden("unet3d")
+    unet = fill(UNet(**from_diffusers_config(config)))
+    assert {k: list(v.shape) for k, v in unet.state_dict().items()} == keys
+    eps = unet(golden_["x_bcfhw"].transpose(1, 2), golden_["t"], golden_["c_text"])
+    assert difference(eps.transpose(1, 2), golden_["eps_bcfhw"]) < 1e-4
+
+
+@torch.no_grad()
+def test_one_frame_is_denoised_as_by_stable_diffusion():
+    config, keys, golden_ = golden("unet2d")
+    arguments = from_diffusers_config(config)
+    unet = fill(UNet(**(arguments | {"in_channels": 4})))
+    spatial = {k: list(v.shape) for k, v in unet.state_dict().items() if not is_temporal(k)}
+    assert spatial == keys
+    eps = unet(golden_["x"][:, None], golden_["t"], golden_["c_text"])
+    assert difference(eps[:, 0], golden_["eps"]) < 1e-4
+
+
+def test_the_papers_network_has_the_names_and_shapes_of_the_public_checkpoints():
+    with torch.device("meta"):
+        unet = UNet()
+    ours = {k: list(v.shape) for k, v in unet.state_dict().items()}
+    assert sum(p.numel() for p in unet.parameters()) == 1_411_245_380
+    for name, count in (("sd21", 686), ("ms", 1480)):
+        theirs = shapes_of(name)
+        assert theirs.pop("conv_in.weight") == [320, 4, 3, 3]  # ours sees c_image as well
+        assert len(theirs) == count - 1
+        assert all(ours[k] == shape for k, shape in theirs.items())
+    assert {k for k in ours if not is_temporal(k)} == set(shapes_of("sd21"))
+    assert set(ours) == set(shapes_of("ms"))
+
+
+def test_both_kinds_of_config_file_mean_the_same_network():
+    two_d = {
+        "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    }  # fmt: skip
+    three_d = two_d | {
+        "in_channels": 8, "attention_head_dim": 64,
+        "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
+    }  # fmt: skip
+    assert from_diffusers_config(two_d) == from_diffusers_config(three_d)
+    with pytest.raises(ValueError, match="not of Stable Diffusion 2's kind"):
+        from_diffusers_config(two_d | {"attention_head_dim": 8})
+
+
+@torch.no_grad()
+def test_at_initialisation_a_clip_is_its_frames_apart():
+    unet, (z, t, c_text) = tiny_unet(), inputs()
+    apart = torch.cat([unet(z[:, k : k + 1], t, c_text) for k in range(3)], dim=1)
+    assert difference(unet(z, t, c_text), apart) < 1e-5
+
+
+@torch.no_grad()
+def test_at_initialisation_the_condition_is_not_seen():
+    unet, (z, t, c_text) = tiny_unet(), inputs()
+    blind = z.clone()
+    blind[:, :, 4:] = 0
+    assert difference(unet(z, t, c_text), unet(blind, t, c_text)) < 1e-6
+
+
+@torch.no_grad()
+def test_the_frames_of_a_trained_network_see_each_other_in_both_directions():
+    unet, (z, t, c_text) = fill(tiny_unet()), inputs()
+    for changed, watched in ((0, 2), (2, 0)):
+        other = z.clone()
+        other[:, changed] += 1
+        moved = (unet(z, t, c_text) - unet(other, t, c_text))[:, watched].abs().max()
+        assert float(moved) > 1e-4
+
+
+@torch.no_grad()
+def test_clips_of_a_batch_do_not_mix():
+    unet, (z, t, c_text) = fill(tiny_unet()), inputs()
+    alone = torch.cat([unet(z[k : k + 1], t[k : k + 1], c_text[k : k + 1]) for k in range(2)])
+    assert difference(unet(z, t, c_text), alone) < 1e-4
+
+
+def test_an_image_step_gives_temporal_layers_no_gradient_and_adamw_leaves_them():
+    unet, (z, t, c_text) = fill(tiny_unet()), inputs(f=1)
+    unet.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=0.1, weight_decay=0.5)
+    before = {k: p.clone() for k, p in unet.named_parameters()}
+    unet(z, t, c_text).square().mean().backward()
+    temporal = unet.temporal_parameters()
+    assert temporal and all(p.grad is None for p in temporal)
+    optimizer.step()
+    for k, p in unet.named_parameters():
+        assert torch.equal(p, before[k]) == is_temporal(k), k
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    z, t, c_text = inputs()
+    grads = []
+    for switch in (False, True):
+        unet = fill(tiny_unet()).train()
+        unet.gradient_checkpointing = switch
+        unet(z, t, c_text).square().mean().backward()
+        grads.append([p.grad for p in unet.parameters()])
+    assert max(difference(a, b) for a, b in zip(*grads)) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_time_convolution_is_a_conv3d(memory_format):
+    conv, x = fill(TimeConv(6)), torch.randn(2 * 5, 6, 4, 3, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=memory_format)
+    ours = from_time_rows(conv(to_time_rows(x, 5)), x)
+    video = x.unflatten(0, (2, 5)).transpose(1, 2)  # b c f h w
+    slow = torch.nn.functional.conv3d(video, conv.weight, conv.bias, padding=(1, 0, 0))
+    assert difference(ours, slow.transpose(1, 2).flatten(0, 1)) < 1e-5
+
+
+@torch.no_grad()
+def test_attention_is_softmax_of_scaled_products():
+    module = fill(Attention(8, heads=2, head_dim=4, context_dim=6)).double()
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 8, generator=g, dtype=torch.float64)
+    context = torch.randn(3, 7, 6, generator=g, dtype=torch.float64)
+    slow = torch.zeros_like(x)
+    for n in range(3):
+        heads = []
+        for head in range(2):
+            rows = slice(4 * head, 4 * head + 4)
+            q = x[n] @ module.to_q.weight[rows].T
+            k, v = (context[n] @ m.weight[rows].T for m in (module.to_k, module.to_v))
+            weights = torch.exp(q @ k.T / 2)
+            heads.append(weights / weights.sum(1, keepdim=True) @ v)
+        slow[n] = module.to_out[0](torch.cat(heads, dim=1))
+    assert difference(module(x, context), slow) < 1e-10
+
+
+def test_a_large_attention_batch_is_cut_for_cuda(monkeypatch):
+    """64 clips at 256x256 are 65,536 places: one more than CUDA's kernels take."""
+    sizes = []
+
+    def kernel(q, k, v):
+        sizes.append(len(q))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    q = torch.empty(64 * 32 * 32, 1, 16, 2, device="meta")
+    assert attention(q, q, q).shape == q.shape
+    assert sizes == [MAX_ATTENTION_BATCH, 1]
+
+
+@torch.no_grad()
+def test_a_unet_survives_its_folder(tmp_path):
+    unet, (z, t, c_text) = fill(tiny_unet(attention_levels=(False, True))), inputs()
+    unet.save(tmp_path)
+    again = UNet.from_folder(tmp_path).eval()
+    assert again.config == unet.config
+    assert difference(again(z, t, c_text), unet(z, t, c_text)) == 0
+
+
+@torch.no_grad()
+def test_a_four_channel_image_model_starts_a_video_model(tmp_path):
+    """What happens to Stable Diffusion's folder: 4 channels in, no temporal layer."""
+    from tinydance.weights import save_safetensors, write_config
+
+    config, keys, golden_ = golden("unet2d")
+    weights = fill(UNet(**(from_diffusers_config(config) | {"in_channels": 4}))).state_dict()
+    spatial = {k: v for k, v in weights.items() if not is_temporal(k)}
+    write_config(tmp_path, config)
+    save_safetensors(spatial, tmp_path / "diffusion_pytorch_model.safetensors")
+    unet = UNet.from_folder(tmp_path).eval()
+    assert unet.config["in_channels"] == 8
+    x = golden_["x"][:, None].repeat(1, 2, 1, 1, 1)  # a clip of two frames, and a condition
+    z = torch.cat([x, torch.ones_like(x)], dim=2)
+    eps = unet(z, golden_["t"], golden_["c_text"])
+    for k in range(2):
+        assert difference(eps[:, k], golden_["eps"]) < 1e-4
+
+
+def test_sizes_that_the_network_cannot_halve_are_refused():
+    z, t, c_text = inputs(h=5)
+    with pytest.raises(ValueError, match="latents of 5x4 do not divide by 2"):
+        tiny_unet()(z, t, c_text)
+    with pytest.raises(ValueError, match="must be a multiple of attention_head_dim"):
+        tiny_unet(attention_head_dim=7)
