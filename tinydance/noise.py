@@ -7,14 +7,17 @@ would, and clip 3 of seed 0 is the same clip alone or among eight. [ours; after 
 Read with `sampling.py` and `training.py`.
 """
 
+import zlib
+
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def generator(*key: int) -> torch.Generator:
-    """A generator that is a function of its key, such as (seed, number of the clip)."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+def generator(purpose: str, *key: int) -> torch.Generator:
+    """A generator that is a function of its purpose and key, such as ("sample", seed, clip)."""
+    words = (zlib.crc32(purpose.encode()), len(key), *key)
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
 
 

@@ -105,7 +105,7 @@ def sample_latents(
 
     f_first, f_last (b, 4, h, w): scaled latents of the image instructions; without f_first the
     model makes its own. tau defaults to half the steps [paper Fig. 7].
-    Clip k draws from generator(seed, k). Raises ValueError for a value out of its range.
+    Clip k draws from a generator of (seed, k). Raises ValueError for a value out of its range.
     """
     default = model.settings
     frames = default.frames if frames is None else frames
@@ -131,7 +131,7 @@ def sample_latents(
     height, width = size or (default.height, default.width)
     h, w = model.latent_size(height, width)
     device, c = model.device, model.vae.config["latent_channels"]
-    generators = [generator(seed, k) for k in range(len(prompts))]
+    generators = [generator("sample", seed, k) for k in range(len(prompts))]
     c_text, c_empty = model.encode_text(prompts), model.encode_text([negative] * len(prompts))
     alpha_bar_c = float(model.schedule.alpha_bar[cond_noise_t]) if cond_noise_t else 1.0
 

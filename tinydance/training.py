@@ -45,7 +45,7 @@ from tinydance.vae import VAE, ReconstructionLoss
 from tinydance.video import film_strip, to_frames, to_pixels
 
 STAGES = ("vae", "text", "image", "video")
-HELD_OUT = 1_000_003  # added to the seed: clips that no training step sees
+HELD_OUT = 1_000_003  # added to the seed of the clips that are shown and never trained on
 KEPT_CHECKPOINTS = 2
 
 
@@ -63,7 +63,7 @@ class DiffusionLoss(nn.Module):
         """pixels (b, f, 3, H, W); numbers: the samples', from which all their randomness comes."""
         (b, f), device, config = pixels.shape[:2], pixels.device, self.config
         h, w = self.model.latent_size(*pixels.shape[-2:])
-        generators = [generator(config.seed, n) for n in numbers]
+        generators = [generator("train", config.seed, n) for n in numbers]
         u = torch.stack([torch.rand(4, generator=g) for g in generators])  # b 4, uniform
         t = (u[:, 0] * config.num_train_timesteps).long()
         keep_last = u[:, 1] >= config.eta
@@ -255,7 +255,8 @@ def fit(
     stop = StopSignal()
     log = Log(stage, folder, start, steps) if machine.rank == 0 else None
     for step, frames, captions, numbers in stream(start, steps):
-        torch.manual_seed(generator(config.seed, step, machine.rank).initial_seed())  # dropout's
+        dropout = generator("dropout", config.seed, step, machine.rank)
+        torch.manual_seed(dropout.initial_seed())
         rate = learning_rate(step, steps, lr, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -369,15 +370,18 @@ def train(config: Config, stage: str = "all") -> None:
     if machine.rank == 0:
         print(f"tinydance on {machine.world_size} x {machine.device}, {machine.dtype}")
         print(describe(config), flush=True)
-    source = open_source(config.data, config.frames, config.fps, (config.height, config.width),
-                         config.seed)  # fmt: skip
+    size = config.height, config.width
+    source, held_out = (
+        open_source(config.data, config.frames, config.fps, size, seed)
+        for seed in (config.seed, config.seed + HELD_OUT)
+    )
     chosen = STAGES if stage == "all" else (stage,)
     for name in chosen:
         if getattr(config, f"{name}_steps") == 0:
             if stage != "all":
                 raise ValueError(f"{name}_steps is 0: nothing to train; give --{name}_steps N")
             continue
-        RUN[name](config, machine, source)
+        RUN[name](config, machine, source, held_out)
         machine.wait()
 
 
@@ -395,7 +399,7 @@ def part_folder(config: Config, part: str) -> Path:
     return folder
 
 
-def train_vae(config: Config, machine: Machine, source: Source) -> None:
+def train_vae(config: Config, machine: Machine, source: Source, held_out: Source) -> None:
     """The autoencoder, on single frames."""
     torch.manual_seed(config.seed)
     vae = VAE(**NETWORKS["toy"]["vae"])
@@ -406,7 +410,7 @@ def train_vae(config: Config, machine: Machine, source: Source) -> None:
                        config.workers, single=lambda step: True)  # fmt: skip
 
     def pixels(count: int) -> Tensor:
-        frames = [source.frame(HELD_OUT + n).frames for n in range(count)]
+        frames = [held_out.frame(n).frames for n in range(count)]
         return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
 
     def publish(ema: VAE, step: int) -> None:
@@ -425,7 +429,7 @@ def train_vae(config: Config, machine: Machine, source: Source) -> None:
     fit("vae", objective, vae, config.vae_steps, config.vae_lr, stream, config, machine, publish, show)
 
 
-def train_text(config: Config, machine: Machine, source: Source) -> None:
+def train_text(config: Config, machine: Machine, source: Source, held_out: Source) -> None:
     """The tokenizer's vocabulary from the captions' words; the tower against clips, as CLIP's."""
     torch.manual_seed(config.seed)
     tokenizer = build_vocabulary(source.words())
@@ -447,7 +451,7 @@ def train_text(config: Config, machine: Machine, source: Source) -> None:
     fit("text", objective, tower, config.text_steps, config.text_lr, stream, config, machine, publish)
 
 
-def train_diffusion(stage: str, config: Config, machine: Machine, source: Source) -> None:
+def train_diffusion(stage: str, config: Config, machine: Machine, source: Source, held_out: Source) -> None:
     """The UNet: as text-to-image on single frames, or on clips with images every so often."""
     torch.manual_seed(config.seed)
     if stage == "image":
@@ -494,7 +498,7 @@ def train_diffusion(stage: str, config: Config, machine: Machine, source: Source
     def show(ema: UNet, step: int) -> None:
         with machine.autocast():
             strip = show_images if stage == "image" else show_clips
-            save_strip(folder, step, strip(with_unet(ema), source, config.seed))
+            save_strip(folder, step, strip(with_unet(ema), held_out, config.seed))
 
     if machine.rank == 0:
         count = sum(p.numel() for p in unet.parameters())
@@ -513,17 +517,17 @@ RUN: dict[str, Callable] = {
 
 
 # --------------------------------------------------------------------------------------- the pictures
-def show_images(model: PixelDance, source: Source, seed: int):
+def show_images(model: PixelDance, held_out: Source, seed: int):
     """A sheet of single frames: a row of eight seeds for each of six held-out captions."""
-    captions = [source.clip(HELD_OUT + n).caption for n in range(6)]
+    captions = [held_out.clip(n).caption for n in range(6)]
     frames = to_frames(sample_frames(model, captions * 8, frames=1, seed=seed))
     rows = frames.unflatten(0, (8, 6)).transpose(0, 1).flatten(1, 2)  # (8 6) 1 -> 6 8
     return film_strip(list(rows), captions)
 
 
-def show_clips(model: PixelDance, source: Source, seed: int):
+def show_clips(model: PixelDance, held_out: Source, seed: int):
     """Three held-out captions, each from text alone, with the first frame, with the last as well."""
-    clips = [source.clip(HELD_OUT + n) for n in range(3)]
+    clips = [held_out.clip(n) for n in range(3)]
     captions = [clip.caption for clip in clips]
     pixels = to_pixels(torch.stack([clip.frames for clip in clips])).to(model.device)
     first, last = pixels[:, 0], pixels[:, -1]
