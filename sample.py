@@ -8,39 +8,36 @@ what is written: .mp4, .gif, .apng (animated) or .png (film strip, the instructi
 Read `tinydance/sampling.py` before.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from tinydance.config import run_main
+from tinydance.config import Parser, choose_device, did_you_mean, run_main
 from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import sample_frames
 from tinydance.video import check_output, read_image, save_video, to_frames, to_pixels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("prompt", nargs="?", default="a red circle bounces to the right")
     parser.add_argument("--first", help="picture: the first-frame instruction")
     parser.add_argument("--last", help="picture: the last-frame instruction")
-    parser.add_argument("--tau", type=int, help="first steps that see --last; default: half of them")
+    parser.add_argument("--tau", type=int, help="first steps that see --last; default: half")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's")
-    parser.add_argument("--guidance", type=float, help="text guidance, 1 is off; default: the model's")
+    parser.add_argument("--guidance", type=float, help="guidance, 1 is off; default: the model's")
     parser.add_argument("--negative", default="", help="prompt to move away from")
     parser.add_argument("--frames", type=int, help="frames of the clip; default: the model's")
     parser.add_argument("--sampler", default="ddim", help="ddim or ddpm")
     parser.add_argument("--ddim_eta", type=float, default=0.0, help="DDIM's own noise, 0 to 1")
-    parser.add_argument("--cond_noise_t", type=int, help="noise on the pictures; default: as trained")
+    parser.add_argument("--cond_noise_t", type=int, help="noise on pictures; default: as trained")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", default=SHIPPED, help="model folder; default: the shipped toy model")
-    parser.add_argument("--out", help="x.mp4, x.gif, x.apng or x.png; default: the next free clip.mp4")
+    parser.add_argument("--model", default=SHIPPED, help="model folder; default: the shipped one")
+    parser.add_argument("--out", help="x.mp4, x.gif, x.apng or x.png; default: clip.mp4")
     parser.add_argument("--overwrite", action="store_true", help="let --out replace a file")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
-    args = parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
     if args.seed < 0:
         raise ValueError(f"seed is {args.seed}; use 0 or more")
     if args.tau and not args.last:
@@ -48,14 +45,10 @@ def main() -> None:
     out = Path(args.out) if args.out else next_free("clip", ".mp4")
     check_output(out, args.overwrite)  # before the work, not after it
 
-    device = args.device
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    model = PixelDance.from_folder(args.model).to(torch.device(device))
+    model = PixelDance.from_folder(args.model).to(choose_device(args.device))
     dropped = model.tokenizer.dropped_words(args.prompt)
     if dropped:
-        print(f"note: the prompt is too long, and this part is not read: {dropped}", file=sys.stderr)
+        print(f"note: the prompt is too long; this part is not read: {dropped}", file=sys.stderr)
     size = model.settings.height, model.settings.width
     I_first, I_last = (read_image(path, size) if path else None for path in (args.first, args.last))
     frames = sample_frames(

@@ -1,28 +1,22 @@
 """Train PixelDance: on the toy world, on a folder of videos, on one process or under torchrun.
 
-    python train.py                                    every stage of the toy model that is not there yet
-    python train.py --stage video --video_steps 2000   one stage
-    python train.py --data FOLDER --out runs/mine      your videos, FOLDER/clip.mp4 with FOLDER/clip.txt
+    python train.py                                  every toy stage that is not there yet
+    python train.py --stage video --video_steps 2000    one stage
+    python train.py --data FOLDER --out runs/mine       your videos, a.mp4 with a.txt beside it
     torchrun --nproc_per_node=8 train.py --preset paper --init SD21_FOLDER --data FOLDER
 
 Every field of `tinydance/config.py` is an option. Stopped with Ctrl-C, the same command goes on.
 Read `tinydance/training.py` before.
 """
 
-import argparse
 from dataclasses import fields
 
-from tinydance.config import COLUMNS, Config, did_you_mean, make_config, run_main
+from tinydance.config import COLUMNS, Config, Parser, did_you_mean, make_config, run_main
 from tinydance.training import STAGES, train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--stage", default="all", help=f"all, or one of {', '.join(STAGES)}")
     parser.add_argument("--preset", default="toy", help=f"one of {', '.join(COLUMNS)}")
     names = [f.name for f in fields(Config) if f.name != "preset"]
@@ -31,10 +25,10 @@ def main() -> None:
             parser.add_argument(f"--{f.name}", metavar=f.type.__name__, help=f.metadata["help"])
     args, unknown = parser.parse_known_args()
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(name, [*names, 'stage'])}")
+        raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
     if args.stage not in ("all", *STAGES):
-        raise ValueError(f"unknown stage {args.stage!r}{did_you_mean(args.stage, ('all', *STAGES))}")
+        known = ("all", *STAGES)
+        raise ValueError(f"unknown stage {args.stage!r}{did_you_mean(args.stage, known)}")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     train(make_config(args.preset, **given), args.stage)
 

@@ -149,13 +149,14 @@ class VideoFolder:
 Source = ToyWorld | VideoFolder
 
 
-def open_source(data: str, frames: int, fps: float, size: tuple[int, int], seed: int = 0) -> Source:
+def open_source(data: str, frames: int, fps: float, size: tuple[int, int], seed: int = 0,
+                rich: bool = False) -> Source:
     """'toyworld' or a folder of videos -> its source. ValueError for anything else."""
     if data != "toyworld":
         return VideoFolder(data, size, frames, fps, seed)
     if size[0] != size[1]:
         raise ValueError(f"the toy world is square, and the size {size[0]}x{size[1]} is not")
-    return ToyWorld(seed, World(size[0], frames))
+    return ToyWorld(seed, World(size[0], frames, rich))
 
 
 def _caption_name(name: str) -> str:

@@ -10,7 +10,6 @@ first row is the ceiling: what the referee reads from true clips after a round t
 Read after `sampling.py` and `toyworld.py`. Not here: metrics for real videos.
 """
 
-import argparse
 import json
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinydance.config import run_main
+from tinydance.config import Parser, run_main
 from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import sample_frames
 from tinydance.toyworld import (
@@ -135,7 +134,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default=SHIPPED, help="model folder; default: the shipped one")
     parser.add_argument("--clips", type=int, default=100, help="clips per row")
     parser.add_argument("--seed", type=int, default=0)

@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from tinydance.clip import ContrastiveLoss, TextTower, Tokenizer, build_vocabulary
 from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image
-from tinydance.config import NETWORKS, Config, asdict, describe
+from tinydance.config import NETWORKS, Config, choose_device, describe
 from tinydance.data import Source, batches, open_source
 from tinydance.model import ClipSettings, PixelDance
 from tinydance.noise import draw, generator
@@ -96,13 +97,8 @@ class Machine:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        kind = config.device
-        if kind == "auto":
-            mps = torch.backends.mps.is_available()
-            kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        kind = choose_device(config.device)
         if kind == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError("device is cuda, but torch sees no CUDA card; use --device cpu")
             torch.cuda.set_device(local_rank)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
@@ -128,6 +124,10 @@ class Machine:
     def wait(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
 
 
 def fast_dtype(kind: str) -> torch.dtype:
@@ -295,8 +295,7 @@ def fit(
         log.close()
     stop.restore()
     if stopping and done < steps:
-        raise Interrupted(f"stopped at step {done} of {steps} of stage {stage}; it is saved: "
-                          "the same command goes on")  # fmt: skip
+        raise Interrupted(f"stopped at step {done} of {steps} of stage {stage}, and saved")
     return ema
 
 
@@ -372,7 +371,7 @@ def train(config: Config, stage: str = "all") -> None:
         print(describe(config), flush=True)
     size = config.height, config.width
     source, held_out = (
-        open_source(config.data, config.frames, config.fps, size, seed)
+        open_source(config.data, config.frames, config.fps, size, seed, config.rich)
         for seed in (config.seed, config.seed + HELD_OUT)
     )
     chosen = STAGES if stage == "all" else (stage,)
@@ -381,8 +380,14 @@ def train(config: Config, stage: str = "all") -> None:
             if stage != "all":
                 raise ValueError(f"{name}_steps is 0: nothing to train; give --{name}_steps N")
             continue
-        RUN[name](config, machine, source, held_out)
+        try:
+            RUN[name](config, machine, source, held_out)
+        except Interrupted as message:
+            if machine.rank == 0:
+                print(f"{message}: the same command goes on from there")
+            break
         machine.wait()
+    machine.close()
 
 
 def part_folder(config: Config, part: str) -> Path:
@@ -423,10 +428,11 @@ def train_vae(config: Config, machine: Machine, source: Source, held_out: Source
         x = pixels(16)
         y = ema.decode_video(ema.encode_video(x))
         rows = [to_frames(v[:, 0].clamp(-1, 1)) for v in (x, y)]
-        save_strip(folder, step, film_strip(rows, ["frames", f"through the VAE, {psnr(x, y):.1f} dB"]))
+        titles = ["frames", f"through the VAE, {psnr(x, y):.1f} dB"]
+        save_strip(folder, step, film_strip(rows, titles))
 
-    objective = ReconstructionLoss(vae, config.seed)
-    fit("vae", objective, vae, config.vae_steps, config.vae_lr, stream, config, machine, publish, show)
+    objective, steps = ReconstructionLoss(vae, config.seed), config.vae_steps
+    fit("vae", objective, vae, steps, config.vae_lr, stream, config, machine, publish, show)
 
 
 def train_text(config: Config, machine: Machine, source: Source, held_out: Source) -> None:
@@ -447,11 +453,13 @@ def train_text(config: Config, machine: Machine, source: Source, held_out: Sourc
         tokenizer.save(folder / "model" / "tokenizer")
         ema.save(folder / "model" / "text_encoder")
 
-    objective = ContrastiveLoss(tower, tokenizer)
-    fit("text", objective, tower, config.text_steps, config.text_lr, stream, config, machine, publish)
+    objective, steps = ContrastiveLoss(tower, tokenizer), config.text_steps
+    fit("text", objective, tower, steps, config.text_lr, stream, config, machine, publish)
 
 
-def train_diffusion(stage: str, config: Config, machine: Machine, source: Source, held_out: Source) -> None:
+def train_diffusion(
+    stage: str, config: Config, machine: Machine, source: Source, held_out: Source
+) -> None:
     """The UNet: as text-to-image on single frames, or on clips with images every so often."""
     torch.manual_seed(config.seed)
     if stage == "image":

@@ -1,0 +1,174 @@
+"""The two scripts as a user types them: what works, and one clear line for what cannot."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import tiny_model
+
+import sample
+import train
+from tinydance.config import make_config, run_main
+from tinydance.model import SHIPPED
+from tinydance.video import read_clip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a tiny model, a picture and a text file."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model(timestep_spacing="trailing", prediction_type="v_prediction").save("model")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("photo.jpg")
+    (tmp_path / "words.txt").write_text("this is no picture")
+    (tmp_path / "taken.mp4").write_bytes(b"precious")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def run(monkeypatch, capsys, script, *arguments):
+    """(exit code, standard output, standard error) of `python SCRIPT.py ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    code = 0
+    try:
+        run_main(script.main)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.apng", "x.png", "deeper/x.mp4"])
+def test_sample_writes_what_the_name_says(folder, monkeypatch, capsys, name):
+    code, out, err = run(monkeypatch, capsys, sample, "a red circle", "--model", "model",
+                         "--first", "photo.jpg", "--last", "photo.jpg", "--tau", 2, "--out", name)  # fmt: skip
+    assert (code, out.strip()) == (0, name), err
+    if name.endswith("mp4"):
+        assert read_clip(name, 0.0, 4, 4, (16, 16)).shape == (4, 3, 16, 16)
+    else:
+        frames = {"x.gif": 4, "x.apng": 4, "x.png": 1}[name]
+        assert getattr(Image.open(name), "n_frames", 1) == frames
+
+
+def test_sample_without_out_takes_the_next_free_name(folder, monkeypatch, capsys):
+    for name in ("clip.mp4", "clip_2.mp4", "clip_3.mp4"):
+        _, out, _ = run(monkeypatch, capsys, sample, "a red circle", "--model", "model")
+        assert out.strip() == name and (folder / name).exists()
+
+
+def test_the_same_seed_writes_the_same_file_and_another_seed_another(folder, monkeypatch, capsys):
+    for name, seed in (("a.gif", 1), ("b.gif", 1), ("c.gif", 2)):
+        run(monkeypatch, capsys, sample, "x", "--model", "model", "--seed", seed, "--out", name)
+    a, b, c = ((folder / name).read_bytes() for name in ("a.gif", "b.gif", "c.gif"))
+    assert a == b != c
+
+
+def test_a_prompt_that_is_too_long_says_what_is_not_read(folder, monkeypatch, capsys):
+    prompt = " ".join(["red"] * 75 + ["forgotten"])
+    code, _, err = run(monkeypatch, capsys, sample, prompt, "--model", "model")
+    assert code == 0 and "is not read: forgotten" in err
+
+
+SAMPLE_ERRORS = [
+    (["--first", "missing.png"], "missing.png"),
+    (["--first", "words.txt"], "words.txt"),
+    (["--last", "empty"], "empty"),
+    (["--last", "photo.jpg", "--tau", "99"], "tau is 99; use 0 to 4"),
+    (["--last", "photo.jpg", "--tau", "-1"], "tau is -1"),
+    (["--tau", "2"], "no --last is given"),
+    (["--steps", "0"], "steps is 0; use 1 to 1000"),
+    (["--steps", "1001"], "steps is 1001"),
+    (["--steps", "many"], "invalid int value: 'many'"),
+    (["--guidance", "nan"], "guidance is nan"),
+    (["--seed", "-4"], "seed is -4"),
+    (["--frames", "0"], "frames is 0"),
+    (["--out", "taken.mp4"], "taken.mp4 exists already"),
+    (["--out", "x.avi"], "cannot write '.avi'"),
+    (["--model", "nowhere"], "nowhere is no folder"),
+    (["--model", "empty"], "config.json"),
+    (["--device", "abacus"], "device is 'abacus'"),
+    (["--sampler", "euler"], "sampler is 'euler'"),
+    (["--ddim_etta", "1"], "unknown argument '--ddim_etta'; did you mean 'ddim_eta'"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", SAMPLE_ERRORS)
+def test_sample_refuses_in_one_line(folder, monkeypatch, capsys, arguments, message):
+    before = sorted(folder.rglob("*"))
+    if "--model" not in arguments:
+        arguments = ["--model", "model", *arguments]
+    code, out, err = run(monkeypatch, capsys, sample, "a red circle", *arguments)
+    assert code == 2 and out == "" and message in err and len(err.strip().splitlines()) == 1, err
+    assert sorted(folder.rglob("*")) == before  # nothing was written
+    assert (folder / "taken.mp4").read_bytes() == b"precious"
+
+
+TRAIN_ERRORS = [
+    (["--preset", "papper"], "unknown preset 'papper'; did you mean 'paper'?"),
+    (["--stage", "vidio"], "unknown stage 'vidio'; did you mean 'video'?"),
+    (["--bacth", "4"], "unknown argument '--bacth'; did you mean 'batch'?"),
+    (["--batch", "four"], "batch is 'four'; it must be a whole number"),
+    (["--batch", "0"], "batch is 0; use 1 or more"),
+    (["--lr", "fast"], "lr is 'fast'; it must be a number"),
+    (["--eta", "1.5"], "eta is 1.5; use 0 to 1"),
+    (["--decay", "perhaps"], "decay is 'perhaps'; it must be true or false"),
+    (["--cond_noise_t", "1000"], "cond_noise_t is 1000; use 0 to 999"),
+    (["--dtype", "float8"], "dtype is 'float8'"),
+    (["--data", "nowhere"], "nowhere: no such folder"),
+    (["--data", "empty"], "empty: no video inside"),
+    (["--stage", "video"], "run --stage image first"),
+    (["--stage", "video", "--init", "nowhere"], "nowhere"),
+    (["--preset", "paper", "--data", "videos"], "give --init FOLDER"),
+    (["--width", "48"], "the toy world is square"),
+    (["--beta_schedule", "cosine", "--stage", "image", "--init", "model"], "'cosine'"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", TRAIN_ERRORS)
+def test_train_refuses_in_one_line(folder, monkeypatch, capsys, arguments, message):
+    (folder / "videos").mkdir()
+    (folder / "videos" / "a.mp4").write_bytes(b"no video, but nobody will look")
+    code, _, err = run(monkeypatch, capsys, train, "--device", "cpu", *arguments)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_values_are_typed_by_the_dataclass():
+    config = make_config("toy", batch="4", lr="1e-4", decay="false", data="x")
+    assert (config.batch, config.lr, config.decay, config.data) == (4, 1e-4, False, "x")
+
+
+def test_the_papers_preset_is_the_papers_run():
+    """Section 4.1, number by number."""
+    config = make_config("paper")
+    assert (config.frames, config.fps, config.height, config.width) == (16, 4, 256, 256)
+    assert (config.num_train_timesteps, config.cond_noise_t, config.eta) == (1000, 100, 0.25)
+    assert (config.batch, config.video_steps, config.image_every) == (192, 200_000, 8)
+    assert config.prediction_type == "epsilon" and config.vae_steps == config.text_steps == 0
+
+
+@pytest.mark.parametrize("script", [sample, train])
+def test_help_shows_every_option(monkeypatch, capsys, script):
+    code, out, _ = run(monkeypatch, capsys, script, "--help")
+    assert code == 0 and "python" in out and "--seed" in out
+
+
+def test_the_shipped_model_is_under_20_mb():
+    size = sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file())
+    assert 1e6 < size < 20e6
+
+
+def test_the_shipped_model_follows_its_words(monkeypatch):
+    """A few clips, a few steps: colours and backgrounds are those of the captions."""
+    from tinydance.model import PixelDance
+    from tinydance.sampling import sample_frames
+    from tinydance.toyworld import judge
+    from tinydance.video import to_frames
+
+    captions = ["a red circle moves up at night", "a blue square grows on snow"]
+    frames = to_frames(sample_frames(PixelDance.from_folder(SHIPPED), captions, steps=10)).numpy()
+    for clip, caption in zip(frames, captions):
+        verdict = judge(clip, caption)
+        assert verdict["colour"] and verdict["background"], (caption, verdict)
+    assert torch.from_numpy(frames).float().diff(dim=1).abs().mean() > 0.1  # and something moves

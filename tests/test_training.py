@@ -1,0 +1,343 @@
+"""The loss is section 3.2's, a stopped run equals a straight one, two ranks equal one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from reference import HERE, difference, tiny_model
+from tiny_training import FIELDS, tiny_train
+
+from tinydance import conditioning, training
+from tinydance.config import make_config
+from tinydance.data import ToyWorld, batches
+from tinydance.model import SHIPPED, PixelDance
+from tinydance.sampling import sample_frames
+from tinydance.schedulers import add_noise
+from tinydance.toyworld import World
+from tinydance.training import DiffusionLoss, checkpoints, fit, learning_rate, psnr, update_ema
+from tinydance.unet import UNet
+from tinydance.video import to_pixels
+
+
+def newest(folder, stage="video"):
+    saved = checkpoints(folder / stage / "checkpoints")[-1]
+    return torch.load(saved / "state.pt", weights_only=True)
+
+
+def log(folder, stage="video"):
+    return [json.loads(line) for line in (folder / stage / "log.jsonl").read_text().splitlines()]
+
+
+def largest_difference(a, b):
+    return max(difference(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """All stages of a tiny toy run, without a stop."""
+    out = tmp_path_factory.mktemp("straight")
+    tiny_train(out=str(out))
+    return out
+
+
+# ------------------------------------------------------------------------------------------- loss
+class CheapUNet(torch.nn.Module):
+    """For tests of what goes in."""
+
+    def forward(self, z, t, c_text):
+        return z[:, :, :4]
+
+
+def recorded_loss(monkeypatch, frames, n, cheap=False, **changes):
+    """The loss of samples 0..n-1 of a tiny model, with everything that make_c_image was given."""
+    config = make_config("toy", **(FIELDS | changes))
+    seen = {}
+
+    def spy(f_first, f_last, f, eps, alpha_bar_c, keep_last=None):
+        c_image = conditioning.make_c_image(f_first, f_last, f, eps, alpha_bar_c, keep_last)
+        seen.update(f_first=f_first, f_last=f_last, keep_last=keep_last, c_image=c_image)
+        seen.update(eps_c=eps, alpha_bar_c=alpha_bar_c)
+        return c_image
+
+    monkeypatch.setattr(training, "make_c_image", spy)
+    model = tiny_model(beta_schedule="linear", prediction_type=config.prediction_type)
+    loss = DiffusionLoss(model, config)
+    if cheap:
+        loss.unet = CheapUNet()
+    calls = []
+    loss.unet.register_forward_hook(lambda module, args, out: calls.append((args, out)))
+    clip = torch.rand(frames, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = clip.expand(n, frames, 3, 16, 16)
+    value = loss(pixels, ["a red circle"] * n, list(range(n)))
+    (z, t, c_text), out = calls[0]
+    return value, seen | {"z": z, "t": t, "c_text": c_text, "out": out, "model": model}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_the_square_error_of_the_prediction(monkeypatch, prediction):
+    value, seen = recorded_loss(monkeypatch, 4, 3, prediction_type=prediction)
+    slow, a = 0.0, seen["model"].schedule.alpha_bar
+    generators = [training.generator("train", 0, n) for n in range(3)]
+    for g in generators:
+        torch.rand(4, generator=g)
+    posterior = training.draw(generators, 4, 4, 8, 8)
+    training.draw(generators, 2, 4, 8, 8)
+    eps = training.draw(generators, 4, 4, 8, 8)
+    clip = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z_0 = seen["model"].vae.encode_video(clip.expand(3, 4, 3, 16, 16), posterior)
+    for k in range(3):
+        a_t = float(a[seen["t"][k]])
+        z_t = add_noise(z_0[k], eps[k], a_t)
+        assert difference(seen["z"][k, :, :4], z_t) < 1e-5
+        answer = eps[k] if prediction == "epsilon" else a_t**0.5 * eps[k] - (1 - a_t) ** 0.5 * z_0[k]
+        slow += float((seen["out"][k] - answer).square().mean()) / 3
+    assert abs(float(value) - slow) < 1e-4
+
+
+def test_the_condition_is_the_clips_own_first_and_last_frames_under_other_noise(monkeypatch):
+    _, seen = recorded_loss(monkeypatch, 4, 6)
+    assert difference(seen["z"][:, :, 4:], seen["c_image"]) == 0
+    assert seen["alpha_bar_c"] == float(seen["model"].schedule.alpha_bar[100])
+    eps_of_target = [training.generator("train", 0, n) for n in range(6)]
+    for g in eps_of_target:
+        torch.rand(4, generator=g)
+    assert not torch.equal(seen["eps_c"][0, 0], training.draw(eps_of_target, 4, 4, 8, 8)[0, 0])
+
+
+def test_last_frame_and_text_are_dropped_at_their_rates(monkeypatch):
+    n = 1500
+    _, seen = recorded_loss(monkeypatch, 3, n, cheap=True, eta=0.25, text_drop=0.1)
+    dropped = 1 - seen["keep_last"].float().mean()
+    empty = seen["model"].encode_text([""])[0]
+    no_text = torch.tensor([torch.equal(c, empty) for c in seen["c_text"]]).float().mean()
+    for share, p in ((dropped, 0.25), (no_text, 0.1)):
+        assert abs(float(share) - p) < 4 * (p * (1 - p) / n) ** 0.5  # four standard deviations
+    zero = (seen["c_image"][:, -1] == 0).flatten(1).all(1)
+    assert torch.equal(zero, ~seen["keep_last"])
+    t = seen["t"].float()
+    assert abs(float(t.mean()) - 499.5) < 4 * 288.7 / n**0.5 and t.min() >= 0 and t.max() <= 999
+
+
+def test_images_have_no_condition_and_leave_temporal_layers_without_gradient(monkeypatch):
+    value, seen = recorded_loss(monkeypatch, 1, 4)
+    assert seen["z"].shape == (4, 1, 8, 8, 8) and int((seen["z"][:, :, 4:] != 0).sum()) == 0
+    unet = seen["model"].unet.requires_grad_(True)
+    loss = DiffusionLoss(seen["model"], make_config("toy", **FIELDS))
+    loss(torch.zeros(2, 1, 3, 16, 16), ["", ""], [0, 1]).backward()
+    assert all(p.grad is None for p in unet.temporal_parameters())
+    assert unet.conv_out.weight.grad is not None
+
+
+def test_a_samples_loss_does_not_depend_on_its_batch():
+    model, config = tiny_model(), make_config("toy", **FIELDS)
+    loss = DiffusionLoss(model, config)
+    pixels = torch.rand(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    captions = ["a red circle", "blue", ""]
+    together = float(loss(pixels, captions, [7, 8, 9]))
+    apart = [float(loss(pixels[k : k + 1], captions[k : k + 1], [7 + k])) for k in range(3)]
+    assert abs(together - np.mean(apart)) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------- loop
+def test_every_stage_leaves_a_model_folder_a_log_and_a_checkpoint(straight):
+    for stage, steps in (("vae", 4), ("text", 3), ("image", 4), ("video", 8)):
+        assert [line["step"] for line in log(straight, stage)] == list(range(1, steps + 1))
+        assert newest(straight, stage)["step"] == steps
+    model = PixelDance.from_folder(straight / "video" / "model")
+    assert sample_frames(model, ["a red circle moves up"], steps=2).shape == (1, 4, 3, 16, 16)
+    assert (straight / "video" / "samples" / "step_00000008.png").exists()
+
+
+def test_every_third_step_is_an_image_step_when_asked(straight):
+    kinds = [line["kind"] for line in log(straight)]
+    assert kinds == ["clip", "clip", "image"] * 2 + ["clip", "clip"]
+    assert {line["kind"] for line in log(straight, "image")} == {"image"}
+
+
+def test_the_video_stage_starts_from_the_image_model(straight, tmp_path):
+    """Its spatial weights and, untouched by images, temporal layers that let everything through."""
+    image = UNet.from_folder(straight / "image" / "model" / "unet")
+    assert all(
+        int(p.count_nonzero()) == 0
+        for name, p in image.named_parameters()
+        if "temp_attentions.0.proj_out" in name or "transformer_in.proj_out" in name
+    )
+    assert int(image.conv_in.weight[:, 4:].count_nonzero()) == 0
+    video = newest(straight)["ema"]
+    assert int(video["transformer_in.proj_out.weight"].count_nonzero()) > 0
+
+
+def test_a_run_that_stopped_equals_a_straight_one_bit_for_bit(straight, tmp_path):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    for stage in ("vae", "image", "video"):  # forget the last steps of every stage
+        saved = checkpoints(tmp_path / stage / "checkpoints")
+        if len(saved) > 1:
+            shutil.rmtree(saved[-1])
+    assert newest(tmp_path)["step"] == 4
+    tiny_train(out=str(tmp_path))
+    a, b = newest(straight), newest(tmp_path)
+    assert a["step"] == b["step"] == 8
+    for part in ("objective", "ema"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+    for k, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], b["optimizer"]["state"][k][name]) for name in state)
+    for one, other in zip(log(straight), log(tmp_path), strict=True):
+        assert (one["step"], one["loss"], one["kind"]) == (other["step"], other["loss"], other["kind"])
+
+
+def test_a_finished_run_has_nothing_to_do(straight):
+    before = newest(straight)
+    tiny_train(out=str(straight))
+    assert largest_difference(before["ema"], newest(straight)["ema"]) == 0
+
+
+def test_a_changed_configuration_is_refused_with_the_fields_that_differ(straight):
+    with pytest.raises(ValueError, match=r"eta was 0\.6 and is 0\.1; lr was 0\.0008 and is 0\.5"):
+        tiny_train("video", out=str(straight), eta=0.1, lr=0.5)
+
+
+def test_a_stage_without_its_forerunner_says_what_to_run(tmp_path):
+    with pytest.raises(ValueError, match="run --stage image first"):
+        tiny_train("video", out=str(tmp_path))
+
+
+def run_script(*arguments, ranks=1):
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(HERE / "tiny_training.py"), *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_two_ranks_equal_one(straight, tmp_path):
+    """Same global batch, image steps included; gloo, without dropout."""
+    ends = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        shutil.copytree(straight / "image", out / "image")
+        shutil.copytree(straight / "vae", out / "vae")
+        shutil.copytree(straight / "text", out / "text")
+        process = run_script("video", f"out={out}", ranks=ranks)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        ends.append((newest(out), [line["loss"] for line in log(out)]))
+    (one, losses_1), (two, losses_2) = ends
+    assert max(abs(a - b) for a, b in zip(losses_1, losses_2, strict=True)) < 1e-5
+    # Single weights may part by Adam's step where a gradient is all rounding; together they do not.
+    for a, b in zip(one["objective"].values(), two["objective"].values()):
+        assert float((a - b).square().mean().sqrt()) < 1e-4
+
+
+def test_sigterm_saves_at_the_current_step_and_leaves_with_zero(straight, tmp_path):
+    for stage in ("vae", "text", "image"):
+        shutil.copytree(straight / stage, tmp_path / stage)
+    process = run_script("video", f"out={tmp_path}", "video_steps=100000", "save_every=100000")
+    deadline = time.time() + 60
+    while not (tmp_path / "video" / "log.jsonl").exists() or len(log(tmp_path)) < 3:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "goes on from there" in output, output
+    assert newest(tmp_path)["step"] == log(tmp_path)[-1]["step"] >= 3
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
+    class Poisoned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, pixels, captions, numbers):
+            return self.weight.sum() * (float("nan") if numbers[0] == 1 else 1.0)
+
+    def stream(first, last):
+        for step in range(first, last):
+            yield step, torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8), [""], [step]
+
+    config = make_config("toy", **(FIELDS | {"out": str(tmp_path), "decay": False}))
+    objective, weights = Poisoned(), []
+    publish = lambda ema, step: weights.append(objective.weight.detach().clone())  # noqa: E731
+    config = make_config("toy", **(vars(config) | {"save_every": 1}))
+    fit("x", objective, objective, 3, 1e-2, stream, config, training.Machine(config), publish)
+    assert not torch.equal(weights[0], torch.ones(2)) and torch.equal(weights[0], weights[1])
+    assert torch.isfinite(weights[2]).all() and not torch.equal(weights[1], weights[2])
+
+
+def test_the_average_of_the_weights_is_its_formula():
+    module, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = ema.weight.clone()
+    update_ema(ema, module, 10_000, 0.99)
+    assert difference(ema.weight, 0.99 * before + 0.01 * module.weight) < 1e-6
+
+
+def test_the_learning_rate_warms_up_and_may_fall_to_zero():
+    config = make_config("toy", warmup=9, decay=False)
+    rates = [learning_rate(step, 100, 1.0, config) for step in (0, 4, 9, 50, 99)]
+    assert np.allclose(rates, [0.1, 0.5, 1, 1, 1])
+    falling = make_config("toy", warmup=0, decay=True)
+    assert learning_rate(50, 100, 1.0, falling) == pytest.approx(0.5)
+    assert learning_rate(99, 100, 1.0, falling) < 1e-3
+
+
+def test_a_checkpoint_that_a_crash_left_half_written_is_not_read(tmp_path):
+    training.save_checkpoint(tmp_path, 5, {"step": 5})
+    (tmp_path / "unfinished_00000009").mkdir()
+    (tmp_path / "unfinished_00000009" / "state.pt").write_bytes(b"half")
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
+    training.save_checkpoint(tmp_path, 9, {"step": 9})
+    training.save_checkpoint(tmp_path, 12, {"step": 12})
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000009", "step_00000012"]
+
+
+# --------------------------------------------------------------------------------- it really learns
+def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_caption(tmp_path):
+    """25 dB or better against the VAE's own round trip, with the shipped VAE and text tower."""
+    shipped = PixelDance.from_folder(SHIPPED)
+    frames, caption, _ = ToyWorld(5, World(32, 8)).clip(0)
+    torch.manual_seed(0)
+    unet = UNet(
+        block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=16, norm_num_groups=8,
+        cross_attention_dim=shipped.unet.config["cross_attention_dim"],
+        attention_levels=(False, True), temporal_dropout=0.0,
+    )  # fmt: skip
+    for part in (shipped.vae, shipped.text_tower):
+        part.requires_grad_(False)
+    model = PixelDance(
+        unet, shipped.vae, shipped.text_tower, shipped.tokenizer, shipped.schedule, shipped.settings
+    )
+    fields = FIELDS | {"out": str(tmp_path), "height": 32, "width": 32, "frames": 8, "warmup": 10,
+                       "decay": True, "save_every": 1000, "image_every": 0, "ema": 0.98}  # fmt: skip
+
+    def stream(first, last):
+        for step in range(first, last):
+            yield step, frames[None].repeat(2, 1, 1, 1, 1), [caption] * 2, [2 * step, 2 * step + 1]
+
+    config = make_config("toy", **fields)
+    objective, machine = DiffusionLoss(model, config), training.Machine(config)
+    ema = fit("clip", objective, unet, 250, 2e-3, stream, config, machine, lambda ema, step: None)
+    model.unet = ema
+    truth = to_pixels(frames)[None]
+    round_trip = model.vae.decode_video(model.vae.encode_video(truth)).clamp(-1, 1)
+    made = sample_frames(model, [caption], truth[:, 0], frames=8, steps=20, guidance=1.0)
+    assert psnr(round_trip, made) >= 25
+    still = round_trip[:, :1].expand_as(round_trip)
+    assert psnr(round_trip, still) < 25  # the clip moves: repeating its first frame is not enough
+
+
+def test_batches_do_not_repeat_between_clip_and_image_steps():
+    source = ToyWorld(0, World(16, 4))
+    stream = batches(source, 0, 4, 2, single=lambda step: step % 2 == 1, image_batch=3)
+    numbers = [n for _, _, _, ns in stream for n in ns]
+    assert len(set(numbers)) == len(numbers) == 10
