@@ -10,6 +10,7 @@ Read `tinydance/training.py` before.
 """
 
 from dataclasses import fields
+from typing import get_args
 
 from tinydance.config import COLUMNS, Config, Parser, did_you_mean, make_config, run_main
 from tinydance.training import STAGES, train
@@ -22,7 +23,8 @@ def main() -> None:
     names = [f.name for f in fields(Config) if f.name != "preset"]
     for f in fields(Config):
         if f.name in names:
-            parser.add_argument(f"--{f.name}", metavar=f.type.__name__, help=f.metadata["help"])
+            kind = "|".join(get_args(f.type)) or f.type.__name__
+            parser.add_argument(f"--{f.name}", metavar=kind, help=f.metadata["help"])
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")

@@ -45,7 +45,7 @@ def golden(name: str) -> tuple[dict, dict, dict]:
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest absolute difference; shapes must agree."""
     assert a.shape == b.shape, (a.shape, b.shape)
-    return float((a.double() - b.double()).abs().max())
+    return float((a.detach().double() - b.detach().double()).abs().max())
 
 
 def tiny_unet(**changes) -> UNet:

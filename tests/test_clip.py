@@ -299,7 +299,7 @@ def test_ids_that_leave_a_gap_are_an_error(tokenizer):
 
 # ---- a vocabulary of our own ---------------------------------------------------------------------
 
-WORDS = ["a", "red", "reddish", "redder", "circle", "circles", "bounces", "naïve", "banana", "blue"]
+WORDS = "a red reddish redder circle circles bounces naïve banana blue".split()
 
 
 def test_a_built_vocabulary_has_each_word_as_one_token(tmp_path):

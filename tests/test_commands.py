@@ -42,8 +42,8 @@ def run(monkeypatch, capsys, script, *arguments):
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.apng", "x.png", "deeper/x.mp4"])
 def test_sample_writes_what_the_name_says(folder, monkeypatch, capsys, name):
-    code, out, err = run(monkeypatch, capsys, sample, "a red circle", "--model", "model",
-                         "--first", "photo.jpg", "--last", "photo.jpg", "--tau", 2, "--out", name)  # fmt: skip
+    given = ["--model", "model", "--first", "photo.jpg", "--last", "photo.jpg", "--tau", 2]
+    code, out, err = run(monkeypatch, capsys, sample, "a red circle", *given, "--out", name)
     assert (code, out.strip()) == (0, name), err
     if name.endswith("mp4"):
         assert read_clip(name, 0.0, 4, 4, (16, 16)).shape == (4, 3, 16, 16)

@@ -15,7 +15,8 @@ def latents(*shape, seed=0):
 
 
 def given(b=2, f=5):
-    return latents(b, 4, 3, 2, seed=1), latents(b, 4, 3, 2, seed=2), f, latents(b, 2, 4, 3, 2, seed=3)
+    f_first, f_last = latents(b, 4, 3, 2, seed=1), latents(b, 4, 3, 2, seed=2)
+    return f_first, f_last, f, latents(b, 2, 4, 3, 2, seed=3)
 
 
 def test_first_and_last_stand_in_their_slots_and_pads_are_exactly_zero():

@@ -141,7 +141,8 @@ def test_gradient_checkpointing_changes_no_gradient():
 @torch.no_grad()
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_time_convolution_is_a_conv3d(memory_format):
-    conv, x = fill(TimeConv(6)), torch.randn(2 * 5, 6, 4, 3, generator=torch.Generator().manual_seed(0))
+    conv = fill(TimeConv(6))
+    x = torch.randn(2 * 5, 6, 4, 3, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=memory_format)
     ours = from_time_rows(conv(to_time_rows(x, 5)), x)
     video = x.unflatten(0, (2, 5)).transpose(1, 2)  # b c f h w

@@ -332,7 +332,7 @@ class TextTower(nn.Module):
 
 
 class ContrastiveLoss(nn.Module):
-    """CLIP's own training in miniature [CLIP]: captions and clips that belong together are to be alike.
+    """CLIP's own training in miniature [CLIP]: captions are to be like their own clips.
 
     CLIP pairs texts with pictures; a toy text tower must also tell "left" from "right", so it is
     paired with clips. [ours] The video tower, four frames as one picture of 12 channels through
@@ -361,6 +361,6 @@ class ContrastiveLoss(nn.Module):
         text = F.normalize(self.projection(at_end).float(), dim=-1)
         logits = self.logit_scale.exp().clamp(max=100) * video @ text.T
         # clips with the same caption are equally right
-        same = torch.tensor([[float(a == b) for b in captions] for a in captions], device=logits.device)
+        same = torch.tensor([[float(a == b) for b in captions] for a in captions]).to(logits)
         truth = same / same.sum(dim=1, keepdim=True)
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2

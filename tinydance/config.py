@@ -9,93 +9,99 @@ Not here: how a network is shaped. That is the table at the end, in the config f
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
 
 import torch
 
 
-def option(default, help: str):
-    return field(default=default, metadata={"help": help})
+def option(default, help: str, low=0, high=math.inf):
+    """A field with its help text; a number may be from low to high."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class Config:
     # where
     preset: str = option("toy", "the row of PRESETS that the other fields start from")
-    data: str = option("toyworld", "'toyworld', or a folder of videos with .txt captions beside them")
+    data: str = option("toyworld", "'toyworld', or a folder of videos with captions in .txt")
     rich: bool = option(False, "the toy world with more shapes, colours and motions, and a camera")
     init: str = option("", "model folder to start the video stage from (SD 2.1, ModelScope, ours)")
     out: str = option("runs/toy", "where stages write checkpoints, samples and models")
     seed: int = option(0, "all randomness is a function of it, the step and the sample")
 
     # the clip
-    frames: int = option(16, "frames of a clip [paper §4.1]")
-    fps: int = option(4, "frames per second of a clip [paper §4.1]")
-    height: int = option(256, "pixels [paper §4.1]")
-    width: int = option(256, "pixels [paper §4.1]")
+    frames: int = option(16, "frames of a clip [paper §4.1]", low=2)
+    fps: int = option(4, "frames per second of a clip [paper §4.1]", low=1)
+    height: int = option(256, "pixels [paper §4.1]", low=8)
+    width: int = option(256, "pixels [paper §4.1]", low=8)
 
     # diffusion
-    num_train_timesteps: int = option(1000, "T [paper §4.1]")
-    beta_schedule: str = option("scaled_linear", "scaled_linear [SD] or linear [DDPM]")
+    num_train_timesteps: int = option(1000, "T [paper §4.1]", low=1)
+    beta_schedule: Literal["scaled_linear", "linear"] = option(
+        "scaled_linear", "[SD], or [DDPM]"
+    )
     beta_start: float = option(0.00085, "[SD]")
     beta_end: float = option(0.012, "[SD]")
-    prediction_type: str = option("epsilon", "epsilon [paper §4.1] or v_prediction")
-    timestep_spacing: str = option("leading", "leading [SD] or trailing: samples from purest noise")
+    prediction_type: Literal["epsilon", "v_prediction"] = option(
+        "epsilon", "what is learnt [paper §4.1]"
+    )
+    timestep_spacing: Literal["leading", "trailing"] = option(
+        "leading", "[SD]; trailing begins at purest noise"
+    )
+
+    steps: int = option(50, "of sampling, by default [ours: paper silent; ModelScope]", low=1)
+    guidance: float = option(7.5, "likewise; 1 is off [ours: paper silent; DynamiCrafter]")
 
     # the instructions
-    eta: float = option(0.25, "probability of dropping the last frame in training [paper §3.2]")
-    cond_noise_t: int = option(100, "diffusion steps of noise on c_image, 0 for none [paper §4.1]")
-    text_drop: float = option(0.1, "probability of an empty caption [ours: paper silent; SD]")
+    eta: float = option(0.25, "share of last frames dropped in training [paper §3.2]", high=1)
+    cond_noise_t: int = option(100, "diffusion steps of noise on c_image [paper §4.1]", high=999)
+    text_drop: float = option(0.1, "share of captions dropped [ours: paper silent; SD]", high=1)
     image_every: int = option(8, "every so-manyth step is a batch of images [paper §4.1]")
 
     # optimisation
-    batch: int = option(192, "clips a step, over all ranks [paper §4.1]")
-    image_batch: int = option(1536, "images on an image step [ours: paper silent; 8 x batch]")
+    batch: int = option(192, "clips a step, over all ranks [paper §4.1]", low=1)
+    image_batch: int = option(1536, "images an image step [ours: paper silent; 8 x batch]", low=1)
     lr: float = option(5e-5, "AdamW's learning rate [ours: paper silent; ModelScope]")
     vae_lr: float = option(1e-4, "of the VAE stage [ours]")
     text_lr: float = option(1e-3, "of the text stage [ours]")
     warmup: int = option(1000, "steps from 0 to lr [ours: paper silent]")
-    decay: bool = option(False, "let the rate fall to zero along a half cosine [ours: paper silent]")
+    decay: bool = option(False, "let the rate fall along a half cosine [ours: paper silent]")
     weight_decay: float = option(0.01, "[ours: paper silent; VGen]")
     clip_grad: float = option(1.0, "largest norm of the gradient [ours: paper silent; VGen]")
-    ema: float = option(0.9999, "decay of the averaged weights [ours: paper silent; VGen]")
+    ema: float = option(0.9999, "decay of the averaged weights [ours: paper silent; VGen]", high=1)
     vae_steps: int = option(0, "steps of the VAE stage; 0: frozen, from --init [paper §4.1]")
     text_steps: int = option(0, "steps of the text stage; 0: frozen, from --init [paper §4.1]")
     image_steps: int = option(0, "steps of the image stage; 0: from --init [paper §3.1]")
     video_steps: int = option(200_000, "steps of the video stage [paper §4.1]")
 
     # the machine
-    device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = option("auto", "float32 or bfloat16 (autocast; the weights stay float32)")
-    compile: str = option("auto", "torch.compile: on, off, or auto: on where there is CUDA")
+    device: Literal["auto", "cuda", "mps", "cpu"] = option(
+        "auto", "auto: the first there is"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of autocast; weights stay float32"
+    )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "torch.compile; auto: on with CUDA"
+    )
     gradient_checkpointing: bool = option(False, "less memory for a third more time")
     workers: int = option(4, "processes that read data, on each rank")
-    save_every: int = option(1000, "steps between checkpoints")
-    sample_every: int = option(2000, "steps between film strips")
+    save_every: int = option(1000, "steps between checkpoints", low=1)
+    sample_every: int = option(2000, "steps between film strips", low=1)
 
     def __post_init__(self):
-        for name, low, high in (
-            ("frames", 2, None), ("fps", 1, None), ("height", 8, None), ("width", 8, None),
-            ("eta", 0, 1), ("text_drop", 0, 1), ("cond_noise_t", 0, self.num_train_timesteps - 1),
-            ("image_every", 0, None), ("batch", 1, None), ("image_batch", 1, None),
-            ("lr", 0, None), ("warmup", 0, None), ("weight_decay", 0, None), ("clip_grad", 0, None),
-            ("ema", 0, 1), ("vae_steps", 0, None), ("text_steps", 0, None),
-            ("image_steps", 0, None), ("video_steps", 0, None), ("workers", 0, None),
-            ("save_every", 1, None), ("sample_every", 1, None), ("seed", 0, None),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not (low <= value and (high is None or value <= high)):
-                upper = f" to {high}" if high is not None else " or more"
-                raise ValueError(f"{name} is {value}; use {low}{upper}")
-        for name, allowed in (
-            ("device", ("auto", "cuda", "mps", "cpu")),
-            ("dtype", ("auto", "float32", "bfloat16")),
-            ("compile", ("auto", "on", "off")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {allowed}")
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            words = get_args(f.type)
+            if words and value not in words:
+                raise ValueError(f"{f.name} is {value!r}; use {' or '.join(words)}")
+            if f.type in (int, float) and not low <= value <= high:
+                upper = "or more" if high == math.inf else f"to {high}"
+                raise ValueError(f"{f.name} is {value}; use {low} {upper}")
 
 
 # What differs from the paper's run.
@@ -109,6 +115,8 @@ PRESETS = {
     "beta_end":           (0.012,           0.03),
     "prediction_type":    ("epsilon",       "v_prediction"),      # (2)
     "timestep_spacing":   ("leading",       "trailing"),
+    "steps":              (50,              25),
+    "guidance":           (7.5,             3.0),
     "eta":                (0.25,            0.6),                 # (3)
     "batch":              (192,             8),
     "image_batch":        (1536,            64),
@@ -152,7 +160,7 @@ def make_config(preset: str = "toy", **given) -> Config:
 
 def convert(name: str, value, kind: type):
     """`value`, maybe a word from the command line, as the field's type."""
-    if not isinstance(value, str) or kind is str:
+    if not isinstance(value, str) or kind not in (int, float, bool):
         return value
     try:
         if kind is bool:
@@ -177,7 +185,8 @@ def describe(config: Config) -> str:
 
 def choose_device(name: str) -> str:
     """"auto" -> the best kind there is. Raises ValueError for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available()
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         return next(kind for kind, is_there in there.items() if is_there)
     if not there.get(name):

@@ -58,7 +58,7 @@ def verdicts(frames: np.ndarray, captions: list[str], world: World) -> dict[str,
 
 
 def evaluate(model: PixelDance, clips: int = 100, seed: int = 0, **settings) -> list[Row]:
-    """Rows of the table; settings go to `sample_frames` (steps, guidance, tau, cond_noise_t, ...)."""
+    """Rows of the table; settings go to `sample_frames` (steps, guidance, tau)."""
     world = World(model.settings.height, model.settings.frames)
     made = [make_clip(HIDDEN_SEED + seed, n, world) for n in range(clips)]
     truth, captions = np.stack([frames for frames, _ in made]), [caption for _, caption in made]
@@ -84,8 +84,8 @@ def evaluate(model: PixelDance, clips: int = 100, seed: int = 0, **settings) -> 
     def row(name: str, frames: np.ndarray, said: list[str], first=False, last=False) -> Row:
         psnr = error = None
         if first:
-            a, b = to_frames(round_trip[:, 0]).cpu().numpy().astype(float), frames[:, 0].astype(float)
-            mse = ((a - b) ** 2).mean(axis=(1, 2, 3)) + 1e-6
+            want = to_frames(round_trip[:, 0]).cpu().numpy().astype(float)
+            mse = ((want - frames[:, 0]) ** 2).mean(axis=(1, 2, 3)) + 1e-6
             psnr = float(np.mean(10 * np.log10(255**2 / mse)))
         if last:
             tracks = [(referee(a, world).track[-1], referee(b, world).track[-1])
@@ -94,7 +94,8 @@ def evaluate(model: PixelDance, clips: int = 100, seed: int = 0, **settings) -> 
         return Row(name, len(frames), verdicts(frames, said, world), psnr, error)
 
     first, last = pixels[:, 0], pixels[:, -1]
-    rows = [row("ceiling: true clips through the VAE", to_frames(round_trip).cpu().numpy(), captions)]
+    ceiling = to_frames(round_trip).cpu().numpy()
+    rows = [row("ceiling: true clips through the VAE", ceiling, captions)]
     rows.append(row("text", sample(captions, None, None), captions))
     rows.append(row("first", sample([""] * clips, first, None), captions, first=True))
     rows.append(row("text, first", sample(captions, first, None), captions, first=True))

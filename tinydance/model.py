@@ -50,7 +50,7 @@ class PixelDance:
         """Read a model folder. Raises ValueError naming what is missing or does not fit."""
         path = Path(path)
         if not path.is_dir():
-            raise ValueError(f"{path} is no folder: give a model folder, with unet/, vae/, ... in it")
+            raise ValueError(f"{path} is no folder; give a model folder, with unet/ and vae/ in it")
         settings = path / "pixeldance.json"
         return cls(
             unet=UNet.from_folder(path / "unet").eval(),

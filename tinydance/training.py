@@ -108,7 +108,7 @@ class Machine:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
 
     def autocast(self):
-        """Matrix products and convolutions in bfloat16; its range is float32's, so no loss scale."""
+        """Matrix products and convolutions in bfloat16, whose range needs no loss scale."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -167,8 +167,9 @@ def steps_done(stage_folder: Path) -> int:
 
 
 # Fields that may differ when a run goes on: where and how fast, not what.
-FREE = {"out", "device", "dtype", "compile", "gradient_checkpointing", "workers", "save_every",
-        "sample_every", "vae_steps", "text_steps", "image_steps", "video_steps"}  # fmt: skip
+FREE = {"out", "init", "steps", "guidance", "device", "dtype", "compile",
+        "gradient_checkpointing", "workers", "save_every", "sample_every", "vae_steps",
+        "text_steps", "image_steps", "video_steps"}  # fmt: skip
 
 
 def check_same(config: Config, saved: dict, path: Path) -> None:
@@ -185,7 +186,7 @@ def check_same(config: Config, saved: dict, path: Path) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 def learning_rate(step: int, steps: int, peak: float, config: Config) -> float:
     """A function of the step: nothing to save."""
     rate = peak * min(1.0, (step + 1) / (config.warmup + 1))
@@ -332,7 +333,8 @@ class Log:
         path = folder / "log.jsonl"
         kept = []
         if path.exists():  # steps after the checkpoint will be taken again
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
         path.write_text("".join(line + "\n" for line in kept))
         self.file, self.stage, self.start, self.steps = path.open("a"), stage, start, steps
         self.bar = tqdm(
@@ -342,8 +344,9 @@ class Log:
         self.smooth = None
 
     def step(self, done: int, loss: float, norm: float, rate: float, images: bool) -> None:
-        record = {"step": done, "loss": loss, "grad_norm": norm, "lr": rate,
-                  "kind": "image" if images else "clip", "seconds": time.time() - self.begun}  # fmt: skip
+        kind, seconds = "image" if images else "clip", time.time() - self.begun
+        record = {"step": done, "loss": loss, "grad_norm": norm, "lr": rate, "kind": kind}
+        record["seconds"] = seconds
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
@@ -362,7 +365,7 @@ class Log:
         self.file.close()
 
 
-# ---------------------------------------------------------------------------------------- the stages
+# --------------------------------------------------------------------------------------- the stages
 def train(config: Config, stage: str = "all") -> None:
     """Run one stage, or every stage that is not there yet, each from what the ones before left."""
     machine = Machine(config)
@@ -374,12 +377,12 @@ def train(config: Config, stage: str = "all") -> None:
         open_source(config.data, config.frames, config.fps, size, seed, config.rich)
         for seed in (config.seed, config.seed + HELD_OUT)
     )
-    chosen = STAGES if stage == "all" else (stage,)
+    if stage == "all":
+        # With --init, everything before the video stage is there already.
+        chosen = ["video"] if config.init else [n for n in STAGES if getattr(config, f"{n}_steps")]
+    else:
+        chosen = [stage]
     for name in chosen:
-        if getattr(config, f"{name}_steps") == 0:
-            if stage != "all":
-                raise ValueError(f"{name}_steps is 0: nothing to train; give --{name}_steps N")
-            continue
         try:
             RUN[name](config, machine, source, held_out)
         except Interrupted as message:
@@ -391,14 +394,14 @@ def train(config: Config, stage: str = "all") -> None:
 
 
 def part_folder(config: Config, part: str) -> Path:
-    """The folder of a part that an earlier stage trained, or that --init brings."""
+    """The folder of a part that an earlier stage of this run trained, or else of --init."""
     stage = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}[part]
-    if config.init:
-        return Path(config.init) / part
     folder = Path(config.out) / stage / "model" / part
-    if getattr(config, f"{stage}_steps") == 0:
-        raise ValueError(f"preset {config.preset} starts from a trained {part}: give --init FOLDER, "
-                         "a model folder such as Stable Diffusion 2.1's")  # fmt: skip
+    if not folder.exists() and config.init:
+        folder = Path(config.init) / part
+    elif not folder.exists() and getattr(config, f"{stage}_steps") == 0:
+        raise ValueError(f"preset {config.preset} starts from a trained {part}: give --init "
+                         "FOLDER, a model folder such as Stable Diffusion 2.1's")  # fmt: skip
     if not folder.exists():
         raise ValueError(f"{folder} is missing: run --stage {stage} first, or no --stage for all")
     return folder
@@ -462,14 +465,13 @@ def train_diffusion(
 ) -> None:
     """The UNet: as text-to-image on single frames, or on clips with images every so often."""
     torch.manual_seed(config.seed)
-    if stage == "image":
+    if stage == "image" and not config.init:
         unet = UNet(**NETWORKS["toy"]["unet"])
     else:
         unet = UNet.from_folder(part_folder(config, "unet"))
     unet.gradient_checkpointing = config.gradient_checkpointing
     fields = Schedule.__dataclass_fields__
     chosen = {name: value for name, value in asdict(config).items() if name in fields}
-    sampling = {"steps": 25, "guidance": 3.0} if config.preset == "toy" else {}
     model = PixelDance(
         unet=unet,
         vae=VAE.from_folder(part_folder(config, "vae")).requires_grad_(False).eval(),
@@ -480,7 +482,7 @@ def train_diffusion(
         schedule=Schedule(**chosen),
         settings=ClipSettings(
             frames=config.frames, fps=config.fps, height=config.height, width=config.width,
-            cond_noise_t=config.cond_noise_t, **sampling,
+            cond_noise_t=config.cond_noise_t, steps=config.steps, guidance=config.guidance,
         ),
     ).to(machine.device)  # fmt: skip
     model.latent_size(config.height, config.width)  # raises before anything is trained
@@ -524,7 +526,7 @@ RUN: dict[str, Callable] = {
 }
 
 
-# --------------------------------------------------------------------------------------- the pictures
+# ------------------------------------------------------------------------------------- the pictures
 def show_images(model: PixelDance, held_out: Source, seed: int):
     """A sheet of single frames: a row of eight seeds for each of six held-out captions."""
     captions = [held_out.clip(n).caption for n in range(6)]
@@ -534,7 +536,7 @@ def show_images(model: PixelDance, held_out: Source, seed: int):
 
 
 def show_clips(model: PixelDance, held_out: Source, seed: int):
-    """Three held-out captions, each from text alone, with the first frame, with the last as well."""
+    """Three held-out captions, each from text alone, with the first frame, with both."""
     clips = [held_out.clip(n) for n in range(3)]
     captions = [clip.caption for clip in clips]
     pixels = to_pixels(torch.stack([clip.frames for clip in clips])).to(model.device)

@@ -249,7 +249,8 @@ class ReconstructionLoss(nn.Module):
         """pixels (b, 1, 3, H, W), numbers the samples': single frames -> the loss."""
         x = pixels.flatten(0, 1)
         mean, logvar = (moment.float() for moment in self.vae.encode(x))
-        eps = draw([generator("vae", self.seed, n) for n in numbers], *mean.shape[1:], device=x.device)
+        generators = [generator("vae", self.seed, n) for n in numbers]
+        eps = draw(generators, *mean.shape[1:], device=x.device)
         y = self.vae.decode(mean + (0.5 * logvar).exp() * eps).float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return F.mse_loss(y, x) + self.KL_WEIGHT * kl
