@@ -126,7 +126,7 @@ PRESETS = {
     "decay":              (False,           True),
     "ema":                (0.9999,          0.999),
     "vae_steps":          (0,               10_000),
-    "text_steps":         (0,               400),
+    "text_steps":         (0,               1500),
     "image_steps":        (0,               3500),
     "video_steps":        (200_000,         5600),
     "workers":            (4,               0),
