@@ -177,6 +177,41 @@ def test_a_model_folder_keeps_everything(model, tmp_path):
     assert torch.equal(sample_latents(again, prompts), sample_latents(model, prompts))
 
 
+def test_stable_diffusions_single_file_becomes_a_model():
+    """Names and shapes of the whole checkpoint, on the meta device: nothing missing or left over."""
+    import gzip
+    import json
+
+    from reference import HERE
+
+    from tinydance.clip import build_vocabulary
+    from tinydance.model import PixelDance
+
+    def shapes(name, prefix):
+        with gzip.open(HERE / "keys" / f"{name}_keys.txt.gz", "rt") as file:
+            pairs = (line.split(" ", 1) for line in file)
+            return {prefix + k: torch.empty(json.loads(v), device="meta") for k, v in pairs}
+
+    text = {"token_embedding.weight": (49408, 1024), "positional_embedding": (77, 1024),
+            "ln_final.weight": (1024,), "ln_final.bias": (1024,), "logit_scale": ()}  # fmt: skip
+    for k in range(24):
+        block = f"transformer.resblocks.{k}."
+        for name, rows, columns in (
+            ("attn.in_proj_", 3072, 1024), ("attn.out_proj.", 1024, 1024),
+            ("mlp.c_fc.", 4096, 1024), ("mlp.c_proj.", 1024, 4096),
+        ):  # fmt: skip
+            text |= {f"{block}{name}weight": (rows, columns), f"{block}{name}bias": (rows,)}
+        for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
+            text[block + name] = (1024,)
+    with torch.device("meta"):
+        tensors = {f"cond_stage_model.model.{k}": torch.empty(v) for k, v in text.items()}
+        tensors |= shapes("sd21_ldm", "model.diffusion_model.")
+        tensors |= shapes("sd_vae_ldm", "first_stage_model.")
+        model = PixelDance.from_ldm(tensors, build_vocabulary([]))
+    assert sum(p.numel() for p in model.unet.parameters()) == 1_411_245_380
+    assert sum(p.numel() for p in model.text_tower.parameters()) == 340_387_840
+
+
 def test_a_folder_without_parts_says_which(tmp_path):
     from tinydance.model import PixelDance
 

@@ -19,8 +19,18 @@ from tinydance.clip import TextTower, Tokenizer
 from tinydance.schedulers import Schedule
 from tinydance.unet import UNet
 from tinydance.vae import VAE
+from tinydance.weights import load_into, vae_from_ldm
 
 SHIPPED = Path(__file__).parent / "toy_model"  # comes with the package
+# OpenCLIP's ViT-H/14 without its last block [SD]; "!" (id 0) pads.
+SD2_TEXT = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+    "pad_token_id": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,18 @@ class PixelDance:
             if settings.is_file()
             else ClipSettings(),
         )
+
+    @classmethod
+    def from_ldm(cls, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> "PixelDance":
+        """The parts of one of Stable Diffusion 2's single-file checkpoints, from `load_weights`.
+
+        Such a file has no tokenizer; any CLIP folder with vocab.json and merges.txt brings it.
+        """
+        unet, vae, tower = UNet(), VAE(), TextTower(**SD2_TEXT)
+        unet.load(tensors)
+        load_into(vae, vae_from_ldm(tensors))
+        tower.load(tensors)
+        return cls(unet.eval(), vae.eval(), tower.eval(), tokenizer, Schedule())
 
     def save(self, path, dtype: torch.dtype | None = None) -> None:
         """Write the folder; dtype (say torch.float16) is that of the weights on disk."""

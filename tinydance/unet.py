@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinydance.weights import load_into, load_weights, read_config, save_safetensors, write_config
+from tinydance.weights import (
+    load_into,
+    load_weights,
+    read_config,
+    save_safetensors,
+    unet_from_ldm,
+    write_config,
+)
 
 MAX_ATTENTION_BATCH = 65_535  # CUDA's fused attention kernels launch one block row per batch entry
 
@@ -455,14 +462,21 @@ class UNet(nn.Module):
     def from_folder(cls, path) -> "UNet":
         """Read SD 2.1's `unet/` (temporal layers at their identity), ModelScope's, or our own."""
         unet = cls(**from_diffusers_config(read_config(path)))
-        tensors = load_weights(path)
-        missing = unet.config["in_channels"] - tensors["conv_in.weight"].shape[1]
-        if missing > 0:  # a 4-channel file: the channels of c_image are new, and zero
-            weight = tensors["conv_in.weight"]
-            tensors["conv_in.weight"] = F.pad(weight, (0, 0, 0, 0, 0, missing))
-        is_2d = not any(is_temporal(name) for name in tensors)
-        load_into(unet, tensors, may_lack=lambda name: is_2d and is_temporal(name))
+        unet.load(load_weights(path))
         return unet
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take a checkpoint's tensors, by our names or LDM's; an image model lacks temporal ones.
+
+        Raises ValueError listing what does not fit.
+        """
+        tensors = unet_from_ldm(tensors)
+        if (weight := tensors.get("conv_in.weight")) is not None:
+            missing = self.config["in_channels"] - weight.shape[1]
+            if missing > 0:  # a 4-channel file: the channels of c_image are new, and zero
+                tensors["conv_in.weight"] = F.pad(weight, (0, 0, 0, 0, 0, missing))
+        is_2d = not any(is_temporal(name) for name in tensors)
+        load_into(self, tensors, may_lack=lambda name: is_2d and is_temporal(name))
 
     def save(self, path, dtype: torch.dtype | None = None) -> None:
         write_config(path, to_diffusers_config(self.config))

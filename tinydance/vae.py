@@ -19,7 +19,7 @@ from tinydance.weights import (
     load_weights,
     read_config,
     save_safetensors,
-    vae_attention_names,
+    vae_from_ldm,
     write_config,
 )
 
@@ -215,7 +215,7 @@ class VAE(nn.Module):
         names = ("in_channels", "latent_channels", "block_out_channels", "layers_per_block",
                  "norm_num_groups", "scaling_factor")  # fmt: skip
         vae = cls(**{name: config[name] for name in names if name in config})
-        load_into(vae, vae_attention_names(load_weights(path)))
+        load_into(vae, vae_from_ldm(load_weights(path)))
         return vae
 
     def save(self, path, dtype: torch.dtype | None = None) -> None:
