@@ -23,7 +23,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -161,11 +162,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-def steps_done(stage_folder: Path) -> int:
-    saved = checkpoints(stage_folder / "checkpoints")
-    return int(saved[-1].name.removeprefix("step_")) if saved else 0
-
-
 # Fields that may differ when a run goes on: where and how fast, not what.
 FREE = {"out", "init", "steps", "guidance", "device", "dtype", "compile",
         "gradient_checkpointing", "workers", "save_every", "sample_every", "vae_steps",
@@ -202,33 +198,34 @@ def update_ema(ema: nn.Module, module: nn.Module, step: int, decay: float) -> No
     torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)
 
 
-def fit(
-    stage: str,
-    objective: nn.Module,
-    trained: nn.Module,
-    steps: int,
-    lr: float,
-    stream: Callable[[int, int], object],
-    config: Config,
-    machine: Machine,
-    publish: Callable[[nn.Module, int], None],
-    show: Callable[[nn.Module, int], None] = lambda ema, step: None,
-) -> nn.Module:
-    """Train for `steps` steps, from the newest checkpoint if there is one; -> the EMA weights.
+@dataclass
+class Stage:
+    """What one stage trains, on what, and what it leaves."""
 
-    objective(pixels, captions, numbers) -> loss; trained: the part of it that is kept.
-    stream(first, last) yields this rank's batches of the steps first..last - 1 (`data.batches`).
-    publish(ema, step) writes the model folder, at every checkpoint; show(ema, step) a film strip.
+    name: str
+    objective: nn.Module  # (pixels, captions, numbers) -> loss
+    trained: nn.Module  # the part of it that is kept
+    steps: int
+    lr: float
+    stream: Callable[[int, int], object]  # (first, last) -> this rank's batches of these steps
+    publish: Callable[[nn.Module], None]  # write the model folder from the averaged weights
+    show: Callable[[nn.Module], object] = lambda ema: None  # a picture of what they can do
+
+
+def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
+    """Train a stage to its end, from the newest checkpoint if there is one; -> the EMA weights.
+
     A run that stopped and goes on equals a straight one: every random number is a function of
     (seed, step, sample), so a step needs no more than the weights, their averages and Adam's state.
-    SIGTERM or Ctrl-C saves at the current step and leaves.
+    Raises Interrupted after SIGTERM, SIGUSR1 or Ctrl-C, saved at the current step.
     """
-    folder = Path(config.out) / stage
+    objective, trained, steps = stage.objective, stage.trained, stage.steps
+    folder = Path(config.out) / stage.name
     objective.to(machine.device).train()
     ema = copy.deepcopy(trained).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [p for p in objective.parameters() if p.requires_grad],
-        lr=lr, weight_decay=config.weight_decay, fused=True,
+        lr=stage.lr, weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
     start = 0
     if saved := checkpoints(folder / "checkpoints"):
@@ -250,15 +247,15 @@ def fit(
         # parameters the ranks would part in silence; with it those gradients stay None.
         warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
         step_loss = DistributedDataParallel(
-            objective, find_unused_parameters=stage in ("image", "video")
+            objective, find_unused_parameters=stage.name in ("image", "video")
         )
 
     stop = StopSignal()
-    log = Log(stage, folder, start, steps) if machine.rank == 0 else None
-    for step, frames, captions, numbers in stream(start, steps):
+    log = Log(stage.name, folder, start, steps) if machine.rank == 0 else None
+    for step, frames, captions, numbers in stage.stream(start, steps):
         dropout = generator("dropout", config.seed, step, machine.rank)
         torch.manual_seed(dropout.initial_seed())
-        rate = learning_rate(step, steps, lr, config)
+        rate = learning_rate(step, steps, stage.lr, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
         pixels = to_pixels(frames.to(machine.device, non_blocking=True))
@@ -284,11 +281,12 @@ def fit(
                     "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                 }  # fmt: skip
                 save_checkpoint(folder / "checkpoints", done, state)
-                publish(ema, done)
+                stage.publish(ema)
             machine.wait()
         if done % config.sample_every == 0 or last:
-            if machine.rank == 0:
-                show(ema, done)
+            if machine.rank == 0 and (picture := stage.show(ema)):
+                (folder / "samples").mkdir(exist_ok=True)
+                picture.save(folder / "samples" / f"step_{done:08d}.png")
             machine.wait()
         if stopping:
             break
@@ -296,7 +294,7 @@ def fit(
         log.close()
     stop.restore()
     if stopping and done < steps:
-        raise Interrupted(f"stopped at step {done} of {steps} of stage {stage}, and saved")
+        raise Interrupted(f"stopped at step {done} of {steps} of stage {stage.name}, and saved")
     return ema
 
 
@@ -346,7 +344,7 @@ class Log:
     def step(self, done: int, loss: float, norm: float, rate: float, images: bool) -> None:
         kind, seconds = "image" if images else "clip", time.time() - self.begun
         record = {"step": done, "loss": loss, "grad_norm": norm, "lr": rate, "kind": kind}
-        record["seconds"] = seconds
+        record |= {"seconds": seconds, "skipped": not math.isfinite(norm)}
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
@@ -384,7 +382,7 @@ def train(config: Config, stage: str = "all") -> None:
         chosen = [stage]
     for name in chosen:
         try:
-            RUN[name](config, machine, source, held_out)
+            fit(BUILD[name](config, machine, source, held_out), config, machine)
         except Interrupted as message:
             if machine.rank == 0:
                 print(f"{message}: the same command goes on from there")
@@ -407,7 +405,7 @@ def part_folder(config: Config, part: str) -> Path:
     return folder
 
 
-def train_vae(config: Config, machine: Machine, source: Source, held_out: Source) -> None:
+def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
     """The autoencoder, on single frames."""
     torch.manual_seed(config.seed)
     vae = VAE(**NETWORKS["toy"]["vae"])
@@ -421,24 +419,24 @@ def train_vae(config: Config, machine: Machine, source: Source, held_out: Source
         frames = [held_out.frame(n).frames for n in range(count)]
         return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
 
-    def publish(ema: VAE, step: int) -> None:
+    def publish(ema: VAE) -> None:
         # Latents of unit variance, as SD's 0.18215 makes them [LDM]
         ema.config["scaling_factor"] = 1.0
         ema.config["scaling_factor"] = 1 / float(ema.encode_video(pixels(256)).std())
         ema.save(folder / "model" / "vae")
 
-    def show(ema: VAE, step: int) -> None:
+    def show(ema: VAE):
         x = pixels(16)
         y = ema.decode_video(ema.encode_video(x))
         rows = [to_frames(v[:, 0].clamp(-1, 1)) for v in (x, y)]
         titles = ["frames", f"through the VAE, {psnr(x, y):.1f} dB"]
-        save_strip(folder, step, film_strip(rows, titles))
+        return film_strip(rows, titles)
 
-    objective, steps = ReconstructionLoss(vae, config.seed), config.vae_steps
-    fit("vae", objective, vae, steps, config.vae_lr, stream, config, machine, publish, show)
+    objective = ReconstructionLoss(vae, config.seed)
+    return Stage("vae", objective, vae, config.vae_steps, config.vae_lr, stream, publish, show)
 
 
-def train_text(config: Config, machine: Machine, source: Source, held_out: Source) -> None:
+def text_stage(config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
     """The tokenizer's vocabulary from the captions' words; the tower against clips, as CLIP's."""
     torch.manual_seed(config.seed)
     tokenizer = build_vocabulary(source.words())
@@ -455,20 +453,20 @@ def train_text(config: Config, machine: Machine, source: Source, held_out: Sourc
         return batches(source, first, last, config.image_batch, machine.rank, machine.world_size,
                        config.workers)  # fmt: skip
 
-    def publish(ema: TextTower, step: int) -> None:
+    def publish(ema: TextTower) -> None:
         tokenizer.save(folder / "model" / "tokenizer")
         ema.save(folder / "model" / "text_encoder")
 
-    objective, steps = ContrastiveLoss(tower, tokenizer), config.text_steps
-    fit("text", objective, tower, steps, config.text_lr, stream, config, machine, publish)
+    objective = ContrastiveLoss(tower, tokenizer)
+    return Stage("text", objective, tower, config.text_steps, config.text_lr, stream, publish)
 
 
-def train_diffusion(
-    stage: str, config: Config, machine: Machine, source: Source, held_out: Source
-) -> None:
+def unet_stage(
+    name: str, config: Config, machine: Machine, source: Source, held_out: Source
+) -> Stage:
     """The UNet: as text-to-image on single frames, or on clips with images every so often."""
     torch.manual_seed(config.seed)
-    if stage == "image" and not config.init:
+    if name == "image" and not config.init:
         unet = UNet(**NETWORKS["toy"]["unet"])
     else:
         unet = UNet.from_folder(part_folder(config, "unet"))
@@ -489,11 +487,11 @@ def train_diffusion(
         ),
     ).to(machine.device)  # fmt: skip
     model.latent_size(config.height, config.width)  # raises before anything is trained
-    folder = Path(config.out) / stage
+    folder = Path(config.out) / name
 
     def is_image_step(step: int) -> bool:
         every = config.image_every
-        return stage == "image" or (every > 0 and step % every == every - 1)
+        return name == "image" or (every > 0 and step % every == every - 1)
 
     def stream(first: int, last: int):
         return batches(
@@ -505,27 +503,27 @@ def train_diffusion(
         parts = vars(model) | {"unet": ema}
         return PixelDance(**parts)
 
-    def publish(ema: UNet, step: int) -> None:
+    def publish(ema: UNet) -> None:
         with_unet(ema).save(folder / "model")
 
-    def show(ema: UNet, step: int) -> None:
+    def show(ema: UNet):
+        strip = show_images if name == "image" else show_clips
         with machine.autocast():
-            strip = show_images if stage == "image" else show_clips
-            save_strip(folder, step, strip(with_unet(ema), held_out, config.seed))
+            return strip(with_unet(ema), held_out, config.seed)
 
     if machine.rank == 0:
         count = sum(p.numel() for p in unet.parameters())
-        print(f"stage {stage}: a UNet of {count:,} parameters", flush=True)
-    steps = config.image_steps if stage == "image" else config.video_steps
+        print(f"stage {name}: a UNet of {count:,} parameters", flush=True)
+    steps = config.image_steps if name == "image" else config.video_steps
     objective = DiffusionLoss(model, config)
-    fit(stage, objective, unet, steps, config.lr, stream, config, machine, publish, show)
+    return Stage(name, objective, unet, steps, config.lr, stream, publish, show)
 
 
-RUN: dict[str, Callable] = {
-    "vae": train_vae,
-    "text": train_text,
-    "image": lambda *args: train_diffusion("image", *args),
-    "video": lambda *args: train_diffusion("video", *args),
+BUILD: dict[str, Callable[..., Stage]] = {
+    "vae": vae_stage,
+    "text": text_stage,
+    "image": partial(unet_stage, "image"),
+    "video": partial(unet_stage, "video"),
 }
 
 
@@ -554,11 +552,6 @@ def show_clips(model: PixelDance, held_out: Source, seed: int):
             firsts.append(None if I_first is None else clips[n].frames[0])
             lasts.append(None if I_last is None else clips[n].frames[-1])
     return film_strip(rows, titles, first=firsts, last=lasts)
-
-
-def save_strip(folder: Path, step: int, picture) -> None:
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    picture.save(folder / "samples" / f"step_{step:08d}.png")
 
 
 def psnr(x: Tensor, y: Tensor) -> float:
