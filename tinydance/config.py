@@ -179,7 +179,7 @@ def did_you_mean(word: str, known) -> str:
 def describe(config: Config) -> str:
     """One line a field, aligned: name, value, and where the choice comes from."""
     return "\n".join(
-        f"  {f.name:<24}{getattr(config, f.name)!s:<16}{f.metadata['help']}" for f in fields(config)
+        f"  {f.name:<24}{getattr(config, f.name)!s:<15} {f.metadata['help']}" for f in fields(config)
     )
 
 

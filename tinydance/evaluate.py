@@ -67,7 +67,7 @@ def evaluate(model: PixelDance, clips: int = 100, seed: int = 0, **settings) -> 
         model.vae.decode_video(model.vae.encode_video(part)).clamp(-1, 1)
         for part in pixels.split(AT_A_TIME)
     ])  # fmt: skip
-    bar = tqdm(total=5 * clips, desc="evaluate", leave=False)
+    bar = tqdm(total=5 * clips, desc="evaluate", leave=False, disable=None)
 
     def sample(prompts: list[str], first: Tensor | None, last: Tensor | None) -> np.ndarray:
         parts = []

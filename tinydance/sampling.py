@@ -148,7 +148,8 @@ def sample_latents(
         )
         z_T = draw(generators, f, c, h, w, device=device)
         loop = denoise_loop(denoise, z_T, model.schedule, steps, sampler, ddim_eta, generators)
-        for z_t in tqdm(loop, label, total=steps, disable=not bar, leave=False):
+        no_bar = None if bar else True  # None: tqdm looks whether there is a terminal
+        for z_t in tqdm(loop, label, total=steps, disable=no_bar, leave=False):
             pass
         return z_t
 
