@@ -178,7 +178,7 @@ def test_a_model_folder_keeps_everything(model, tmp_path):
 
 
 def test_stable_diffusions_single_file_becomes_a_model():
-    """Names and shapes of the whole checkpoint, on the meta device: nothing missing or left over."""
+    """Names and shapes of the whole file, on the meta device: nothing is missing or left over."""
     import gzip
     import json
 

@@ -178,9 +178,8 @@ def did_you_mean(word: str, known) -> str:
 
 def describe(config: Config) -> str:
     """One line a field, aligned: name, value, and where the choice comes from."""
-    return "\n".join(
-        f"  {f.name:<24}{getattr(config, f.name)!s:<15} {f.metadata['help']}" for f in fields(config)
-    )
+    rows = ((f.name, str(getattr(config, f.name)), f.metadata["help"]) for f in fields(config))
+    return "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows)
 
 
 def choose_device(name: str) -> str:
