@@ -116,7 +116,7 @@ PRESETS = {
     "prediction_type":    ("epsilon",       "v_prediction"),      # (2)
     "timestep_spacing":   ("leading",       "trailing"),
     "steps":              (50,              25),
-    "guidance":           (7.5,             3.0),
+    "guidance":           (7.5,             2.0),
     "eta":                (0.25,            0.6),                 # (3)
     "batch":              (192,             8),
     "image_batch":        (1536,            64),
