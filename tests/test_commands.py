@@ -10,6 +10,7 @@ from reference import tiny_model
 
 import sample
 import train
+from tinydance import evaluate
 from tinydance.config import make_config, run_main
 from tinydance.model import SHIPPED
 from tinydance.video import read_clip
@@ -152,6 +153,13 @@ def test_the_papers_preset_is_the_papers_run():
 def test_help_shows_every_option(monkeypatch, capsys, script):
     code, out, _ = run(monkeypatch, capsys, script, "--help")
     assert code == 0 and "python" in out and "--seed" in out
+
+
+def test_evaluate_draws_a_strip(folder, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, evaluate, "--model", "model", "--strip", "x.png")
+    assert code == 0 and Image.open("x.png").width > 300, err
+    code, _, err = run(monkeypatch, capsys, evaluate, "--model", "nowhere")
+    assert code == 2 and "nowhere is no folder" in err
 
 
 def test_the_shipped_model_is_under_20_mb():

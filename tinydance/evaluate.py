@@ -1,6 +1,7 @@
 """How well a toy model follows its instructions: the referee's verdict on clips that it never saw.
 
     python -m tinydance.evaluate --model FOLDER --clips 200
+    python -m tinydance.evaluate --strip clips.png              # look before you measure
 
 One row per instruction: text alone, the first frame without and with its text, the last frame as
 well, and the strict one, in which the same first frame is given with every motion in turn. The
@@ -19,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinydance.config import Parser, run_main
+from tinydance.data import ToyWorld
 from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import sample_frames
 from tinydance.toyworld import (
@@ -30,6 +32,7 @@ from tinydance.toyworld import (
     render,
     sample_scene,
 )
+from tinydance.training import show_clips
 from tinydance.video import to_frames, to_pixels
 
 HIDDEN_SEED = 1_000_003_000  # of the evaluation's clips; training seeds are small numbers
@@ -143,9 +146,15 @@ def main() -> None:
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--tau", type=int)
     parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--strip", help="draw three of the clips to this .png, and measure nothing")
     args = parser.parse_args()
     settings = {k: getattr(args, k) for k in ("steps", "guidance", "tau")}
-    rows = evaluate(PixelDance.from_folder(args.model), args.clips, args.seed, **settings)
+    model = PixelDance.from_folder(args.model)
+    if args.strip:
+        world = World(model.settings.height, model.settings.frames)
+        show_clips(model, ToyWorld(HIDDEN_SEED + args.seed, world), args.seed).save(args.strip)
+        return
+    rows = evaluate(model, args.clips, args.seed, **settings)
     print(table(rows))
     if args.json:
         with open(args.json, "w") as file:

@@ -8,7 +8,6 @@ stands in `pixeldance.json`.
 Read before: `clip.py`. Read after: `weights.py`.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tinydance.clip import TextTower, Tokenizer
 from tinydance.schedulers import Schedule
 from tinydance.unet import UNet
 from tinydance.vae import VAE
-from tinydance.weights import load_into, vae_from_ldm
+from tinydance.weights import load_into, read_json, vae_from_ldm, write_json
 
 SHIPPED = Path(__file__).parent / "toy_model"  # comes with the package
 # OpenCLIP's ViT-H/14 without its last block [SD]; "!" (id 0) pads.
@@ -62,15 +61,14 @@ class PixelDance:
         if not path.is_dir():
             raise ValueError(f"{path} is no folder; give a model folder, with unet/ and vae/ in it")
         settings = path / "pixeldance.json"
+        known = read_json(settings) if settings.is_file() else {}
         return cls(
             unet=UNet.from_folder(path / "unet").eval(),
             vae=VAE.from_folder(path / "vae").eval(),
             text_tower=TextTower.from_folder(path / "text_encoder").eval(),
             tokenizer=Tokenizer.from_folder(path / "tokenizer"),
             schedule=Schedule.from_folder(path / "scheduler"),
-            settings=ClipSettings(**json.loads(settings.read_text()))
-            if settings.is_file()
-            else ClipSettings(),
+            settings=ClipSettings(**{k: known[k] for k in vars(ClipSettings()) if k in known}),
         )
 
     @classmethod
@@ -93,7 +91,7 @@ class PixelDance:
         self.text_tower.save(path / "text_encoder", dtype)
         self.tokenizer.save(path / "tokenizer")
         self.schedule.save(path / "scheduler")
-        (path / "pixeldance.json").write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+        write_json(path / "pixeldance.json", asdict(self.settings))
 
     def to(self, device) -> "PixelDance":
         for part in (self.unet, self.vae, self.text_tower):

@@ -8,7 +8,6 @@ Read first. Read after: `conditioning.py`.
 Not here: conditions, guidance, networks. A sampler step takes what the network answered.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tinydance.weights import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,12 @@ class Schedule:
     @classmethod
     def from_folder(cls, path) -> "Schedule":
         """Read `scheduler_config.json`. Raises ValueError where it is missing or asks for more."""
-        file = Path(path) / "scheduler_config.json"
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: a model folder keeps its noise schedule there")
-        config = json.loads(file.read_text())
+        config = read_json(Path(path) / "scheduler_config.json")
         return cls(**{k: config[k] for k in cls.__dataclass_fields__ if k in config})
 
     def save(self, path) -> None:
         config = {"_class_name": "DDIMScheduler", **asdict(self), "clip_sample": False}
-        Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / "scheduler_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(Path(path) / "scheduler_config.json", config)
 
     def timesteps(self, steps: int) -> list[tuple[int, int]]:
         """`steps` pairs (t, t_prev) from the noisiest down; t_prev = -1 is the end.

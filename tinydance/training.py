@@ -65,6 +65,7 @@ class DiffusionLoss(nn.Module):
         """pixels (b, f, 3, H, W); numbers: the samples', from which all their randomness comes."""
         (b, f), device, config = pixels.shape[:2], pixels.device, self.config
         h, w = self.model.latent_size(*pixels.shape[-2:])
+        c = self.model.vae.config["latent_channels"]
         generators = [generator("train", config.seed, n) for n in numbers]
         u = torch.stack([torch.rand(4, generator=g) for g in generators])  # b 4, uniform
         t = (u[:, 0] * config.num_train_timesteps).long()
@@ -74,16 +75,16 @@ class DiffusionLoss(nn.Module):
 
         # The borrowed organs are frozen: "the weights of pre-trained text encoder and VAE model
         # are frozen during training" [paper §4.1].
-        z_0 = self.model.vae.encode_video(pixels, draw(generators, f, 4, h, w, device=device))
+        z_0 = self.model.vae.encode_video(pixels, draw(generators, f, c, h, w, device=device))
         texts = [caption if keep else "" for caption, keep in zip(captions, keep_text.tolist())]
         c_text = self.model.encode_text(texts)
 
         f_first, f_last = instructions_of(z_0, back.to(device))
-        eps_c = draw(generators, 2, 4, h, w, device=device)  # "different noises" [paper Fig. 3]
+        eps_c = draw(generators, 2, c, h, w, device=device)  # "different noises" [paper Fig. 3]
         alpha_bar_c = float(self.alpha_bar[config.cond_noise_t]) if config.cond_noise_t else 1.0
         c_image = make_c_image(f_first, f_last, f, eps_c, alpha_bar_c, keep_last.to(device))
 
-        eps = draw(generators, f, 4, h, w, device=device)
+        eps = draw(generators, f, c, h, w, device=device)
         alpha_bar_t = self.alpha_bar[t].to(device)
         z_t = add_noise(z_0, eps, alpha_bar_t)
         out = self.unet(torch.cat([z_t, c_image], dim=2), t.to(device), c_text)
