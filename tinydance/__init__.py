@@ -24,7 +24,7 @@ Letters: b batch, f frames, c channels, h w height and width of latents, H W of 
 tokens, d width. DDIM's own eta is ddim_eta; w = 1 switches guidance off.
 
 Read in this order: schedulers, conditioning, noise, sampling, model, unet, training, train.py,
-vae, clip, weights, data, toyworld, video, config, sample.py; then the tests of conditioning,
+vae, clip, weights, data, toyworld, video, config, sample.py, evaluate; then the tests of conditioning,
 sampling and training, which are the claims, executable.
 """
 
