@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -245,8 +244,8 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
     step_loss = objective
     if machine.world_size > 1:
         # An image step does not reach the temporal layers: without the search for unused
-        # parameters the ranks would part in silence; with it those gradients stay None.
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        # parameters the ranks would part in silence; with it those gradients stay None. On the
+        # first clip step torch warns once that it found none: harmless.
         step_loss = DistributedDataParallel(
             objective, find_unused_parameters=stage.name in ("image", "video")
         )
