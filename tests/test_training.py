@@ -241,7 +241,7 @@ def test_two_ranks_equal_one(straight, tmp_path):
         config = out / "image" / "model" / "unet" / "config.json"  # dropout differs by rank
         config.write_text(json.dumps(json.loads(config.read_text()) | {"temporal_dropout": 0.0}))
         process = run_script("video", f"out={out}", ranks=ranks)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
         ends.append((newest(out), [line["loss"] for line in log(out)]))
     (one, losses_1), (two, losses_2) = ends
