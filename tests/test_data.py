@@ -11,7 +11,6 @@ import pytest
 import torch
 from test_video import SIZE, make_sound, make_video, numbers
 
-from tinydance import data
 from tinydance.data import FIRST_IMAGE, ToyWorld, VideoFolder, batches, open_source
 from tinydance.toyworld import World
 

@@ -1,8 +1,8 @@
 """From instructions to a clip: the guided denoiser with its tau switch, and the loop around it.
 
-    caption ---- text tower ----> c_text  --\
-    I_first, I_last -- VAE -----> c_image ----> denoiser(z_t, t, i) --> z_0 -- VAE --> frames
-    generator of this clip -----> z_T     --/
+    caption ---- text tower ----> c_text  --+
+    I_first, I_last -- VAE -----> c_image --+-> denoiser(z_t, t, i) --> z_0 -- VAE --> frames
+    generator of this clip -----> z_T     --+
 
 The denoiser is a closure around the network. It alone knows of guidance and of tau [paper Eq. 2];
 the loop and the schedulers see a function of (z_t, t, i). Text alone works too: the same network

@@ -62,7 +62,7 @@ class DiffusionLoss(nn.Module):
 
     def forward(self, pixels: Tensor, captions: list[str], numbers: list[int]) -> Tensor:
         """pixels (b, f, 3, H, W); numbers: the samples', from which all their randomness comes."""
-        (b, f), device, config = pixels.shape[:2], pixels.device, self.config
+        f, device, config = pixels.shape[1], pixels.device, self.config
         h, w = self.model.latent_size(*pixels.shape[-2:])
         c = self.model.vae.config["latent_channels"]
         generators = [generator("train", config.seed, n) for n in numbers]
