@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tiny_training import NETWORKS
 
 from tinydance.clip import TextTower, build_vocabulary
 from tinydance.model import ClipSettings, PixelDance
@@ -49,15 +50,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def tiny_unet(**changes) -> UNet:
-    arguments = {
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 16,
-        "norm_num_groups": 4,
-        "attention_levels": (True, True),
-        "temporal_dropout": 0.0,
-    }
+    arguments = NETWORKS["unet"] | {"attention_levels": (True, True), "temporal_dropout": 0.0}
     torch.manual_seed(0)
     return UNet(**(arguments | changes)).eval()
 
@@ -70,10 +63,9 @@ def tiny_model(filled: bool = True, **schedule) -> PixelDance:
     tokenizer = build_vocabulary(["a", "red", "blue", "circle", "moves", "left"])
     torch.manual_seed(0)
     tower = TextTower(
-        vocab_size=len(tokenizer.vocab), hidden_size=16, intermediate_size=32,
-        num_hidden_layers=1, num_attention_heads=2, eos_token_id=tokenizer.end_id,
-    )  # fmt: skip
-    vae = VAE(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5)
+        vocab_size=len(tokenizer.vocab), eos_token_id=tokenizer.end_id, **NETWORKS["text"]
+    )
+    vae = VAE(**NETWORKS["vae"], scaling_factor=0.5)
     parts = tiny_unet(), vae, tower
     if filled:
         for part in parts:
