@@ -29,6 +29,7 @@ NETWORKS = {
         "intermediate_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "max_position_embeddings": 24,
     },
 }
 FIELDS = {

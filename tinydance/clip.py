@@ -97,11 +97,13 @@ def merge_symbols(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 class Tokenizer:
     """Text to ids as transformers' CLIPTokenizer has them, but for "!": see `from_folder` [CLIP].
 
-    vocab: {symbol: id}; merges: [(left, right)], first merged first; pad_id: fills up to LENGTH, by
-    default the end token. ValueError where these do not belong together."""
+    vocab: {symbol: id}; merges: [(left, right)], first merged first; pad_id: fills up to `length`
+    tokens, by default the end token. ValueError where these do not belong together."""
 
-    def __init__(self, vocab: dict[str, int], merges, pad_id: int | None = None):
+    def __init__(self, vocab: dict[str, int], merges, pad_id: int | None = None,
+                 length: int = LENGTH):
         self.vocab, self.merges = dict(vocab), [tuple(pair) for pair in merges]
+        self.length = length
         needed = [START, END, *BYTE_SYMBOLS.values(), *(s + "</w>" for s in BYTE_SYMBOLS.values())]
         needed += [symbol for left, right in self.merges for symbol in (left, right, left + right)]
         lacking = [symbol for symbol in needed if symbol not in self.vocab]
@@ -130,15 +132,17 @@ class Tokenizer:
         merges = [tuple(line.split()) for line in lines]
         if any(len(pair) != 2 for pair in merges):
             raise ValueError(f"{folder / 'merges.txt'}: a line is not two symbols")
-        pad = END
+        pad, length = END, LENGTH
         for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second one wins
             if (folder / name).is_file():
-                pad = read_json(folder / name).get("pad_token") or pad
+                known = read_json(folder / name)
+                pad = known.get("pad_token") or pad
+                length = min(known.get("model_max_length", length), LENGTH)
         pad = pad["content"] if isinstance(pad, dict) else pad
         if pad not in vocab:
             raise ValueError(f"{folder}: the pad token {pad!r} is not in vocab.json")
         try:
-            return cls(vocab, merges, vocab[pad])
+            return cls(vocab, merges, vocab[pad], length)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
@@ -150,7 +154,7 @@ class Tokenizer:
         write_json(folder / "vocab.json", self.vocab)
         write_json(folder / "special_tokens_map.json", specials)
         write_json(folder / "tokenizer_config.json", {
-            **specials, "tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH,
+            **specials, "tokenizer_class": "CLIPTokenizer", "model_max_length": self.length,
             "do_lower_case": True, "add_prefix_space": False, "errors": "replace"})
         with whole_file(folder / "merges.txt") as file:
             lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges), ""]
@@ -171,10 +175,10 @@ class Tokenizer:
         return pairs
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """List of n strings -> ids (n, 77): start, the text as far as it fits, end, padding."""
-        rows = torch.full((len(texts), LENGTH), self.pad_id)
+        """List of n strings -> ids (n, length): start, the text as far as it fits, end, padding."""
+        rows = torch.full((len(texts), self.length), self.pad_id)
         for row, text in zip(rows, texts):
-            ids = [i for _, word_ids in self.words(text) for i in word_ids][:LENGTH - 2]
+            ids = [i for _, word_ids in self.words(text) for i in word_ids][:self.length - 2]
             row[:len(ids) + 2] = torch.tensor([self.start_id, *ids, self.end_id])
         return rows
 
@@ -183,12 +187,12 @@ class Tokenizer:
         dropped, used = [], 0
         for word, ids in self.words(text):
             used += len(ids)
-            if used > LENGTH - 2:
+            if used > self.length - 2:
                 dropped.append(word)
         return " ".join(dropped)
 
 
-def build_vocabulary(words, pad_id: int | None = None) -> Tokenizer:
+def build_vocabulary(words, pad_id: int | None = None, length: int = LENGTH) -> Tokenizer:
     """A Tokenizer with each of the words as one token; it spells all other text by bytes [ours].
 
     In CLIP's own file format and order: bytes, bytes that end a word, merges, the two specials."""
@@ -201,7 +205,7 @@ def build_vocabulary(words, pad_id: int | None = None) -> Tokenizer:
     symbols += [left + right for left, right in ranks] + [START, END]
     # two pairs may join to one symbol, which gets one id
     vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
-    return Tokenizer(vocab, ranks, pad_id)
+    return Tokenizer(vocab, ranks, pad_id, length)
 
 
 # ---- text tower ----------------------------------------------------------------------------------

@@ -120,14 +120,14 @@ PRESETS = {
     "eta":                (0.25,            0.6),                 # (3)
     "batch":              (192,             8),
     "image_batch":        (1536,            64),
-    "lr":                 (5e-5,            8e-4),
+    "lr":                 (5e-5,            1e-3),
     "vae_lr":             (1e-4,            3e-3),
     "warmup":             (1000,            100),
     "decay":              (False,           True),
     "ema":                (0.9999,          0.999),
     "vae_steps":          (0,               10_000),
     "text_steps":         (0,               600),
-    "image_steps":        (0,               3000),
+    "image_steps":        (0,               4500),
     "video_steps":        (200_000,         5600),
     "workers":            (4,               0),
     "save_every":         (1000,            500),
@@ -234,6 +234,7 @@ NETWORKS = {
             "intermediate_size": 256,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
+            "max_position_embeddings": 24,  # of 77, most would be padding
         },
     },
 }

@@ -34,14 +34,14 @@ COLOURS = {
 RICH_COLOURS = COLOURS | {"cyan": (24, 196, 206), "purple": (158, 48, 204)}
 
 # The shapes with corners: (how many, radius of a corner, radius halfway to the next one, and the
-# angle of the first, which stands the shape upright). A star is a pentagon with its edges dented.
+# angle of the first, which stands the shape upright). A star has four rays.
 POLYGONS = {
-    "square": (4, 1.27, 1.27 * np.cos(np.pi / 4), np.pi / 4),
     "triangle": (3, 1.42, 1.42 * np.cos(np.pi / 3), -np.pi / 2),
-    "star": (5, 1.6, 0.76, -np.pi / 2),
+    "star": (4, 1.6, 0.62, -np.pi / 2),
+    "square": (4, 1.27, 1.27 * np.cos(np.pi / 4), np.pi / 4),
 }
-SHAPES = ("circle", "square", "triangle")
-RICH_SHAPES = SHAPES + ("star", "ring")
+SHAPES = ("circle", "triangle", "star")  # far apart in latents too: a square is almost a circle
+RICH_SHAPES = SHAPES + ("square", "ring")
 
 # phrase -> the colours of the sky's top, the sky at the horizon, the ground at the horizon and the
 # picture's bottom; and the height of the hills. Muted, so that every object stands out on each.
@@ -54,13 +54,13 @@ BACKGROUNDS = {
 
 
 def _far(e):
-    return 7.0 + 1.5 * e
+    return 5.5 + 3.0 * e
 
 
 def _hops(u, e):
     """Two hops: the flight of a thrown ball, twice, while u goes from 0 to 1."""
     v = 2 * u % 1.0
-    return -(5.0 + e) * 4 * v * (1 - v)
+    return -(4.5 + 2.0 * e) * 4 * v * (1 - v)
 
 
 # phrase -> what changes with the time u in [0, 1]; e in [0, 1] tells how far this one clip goes.
@@ -69,11 +69,10 @@ MOTIONS = {
     "moves to the left": lambda u, e: dict(dx=-_far(e) * u),
     "moves up": lambda u, e: dict(dy=-_far(e) * u),
     "moves down": lambda u, e: dict(dy=_far(e) * u),
-    "grows": lambda u, e: dict(scale=(1.6 + 0.2 * e) ** u),
-    "shrinks": lambda u, e: dict(scale=(0.65 - 0.1 * e) ** u),
+    "grows": lambda u, e: dict(scale=(1.45 + 0.3 * e) ** u),
+    "shrinks": lambda u, e: dict(scale=(0.68 - 0.18 * e) ** u),
     "bounces to the right": lambda u, e: dict(dx=_far(e) * u, dy=_hops(u, e)),
     "bounces to the left": lambda u, e: dict(dx=-_far(e) * u, dy=_hops(u, e)),
-    "turns clockwise": lambda u, e: dict(angle=np.radians(60 + 25 * e) * u),
 }
 
 
@@ -89,6 +88,7 @@ def _zigzag(u, e):
 # The camera moves instead of the object: `pan` is where it looks, `zoom` how large it shows things.
 CHANGES, CUTS = "changes to", "then cut to"  # followed by what the second half of the clip shows
 RICH_MOTIONS = MOTIONS | {
+    "turns clockwise": lambda u, e: dict(angle=np.radians(60 + 25 * e) * u),
     "circles around": _orbit,
     "zigzags to the right": lambda u, e: dict(dx=_far(e) * u, dy=_zigzag(u, e)),
     "zigzags to the left": lambda u, e: dict(dx=-_far(e) * u, dy=_zigzag(u, e)),
@@ -142,7 +142,7 @@ def sample_scene(rng: np.random.Generator, world: World = World()) -> Scene:
     background = str(rng.choice(list(BACKGROUNDS)))
     says_background = bool(rng.random() < 0.75)
     x, y = rng.uniform(13.5, 18.5, 2)
-    radius = rng.uniform(4.0, 5.2)
+    radius = rng.uniform(5.0, 6.5)
     horizon, hills, light = rng.uniform(19, 23), rng.uniform(0, 2 * np.pi), rng.uniform(0.93, 1.05)
     motion = str(rng.choice([m for m in world.motions if _is_seen(m, shape)]))
     scene = Scene(shape, colour, background, motion, says_background, x, y, radius,

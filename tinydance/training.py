@@ -420,10 +420,9 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
         return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
 
     def publish(ema: VAE) -> None:
-        # Latents of unit variance, as SD's 0.18215 makes them [LDM]
-        ema.config["scaling_factor"] = 1.0
-        ema.config["scaling_factor"] = 1 / float(ema.encode_video(pixels(256)).std())
-        ema.save(folder / "model" / "vae")
+        vae = copy.deepcopy(ema)  # training goes on without
+        vae.whiten(pixels(256).flatten(0, 1))
+        vae.save(folder / "model" / "vae")
 
     def show(ema: VAE):
         x = pixels(16)
@@ -439,7 +438,9 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
 def text_stage(config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
     """The tokenizer's vocabulary from the captions' words; the tower against clips, as CLIP's."""
     torch.manual_seed(config.seed)
-    tokenizer = build_vocabulary(source.words())
+    tokenizer = build_vocabulary(
+        source.words(), length=NETWORKS["toy"]["text"]["max_position_embeddings"]
+    )
     tower = TextTower(
         vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.start_id,
         eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id, **NETWORKS["toy"]["text"],

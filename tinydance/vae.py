@@ -208,6 +208,31 @@ class VAE(nn.Module):
         frames = (z / self.config["scaling_factor"]).flatten(0, 1).split(FRAMES_AT_A_TIME)
         return torch.cat([self.decode(part) for part in frames]).unflatten(0, z.shape[:2])
 
+    @torch.no_grad()
+    def whiten(self, x: Tensor) -> None:
+        """Make the latents of pixels x (n, 3, H, W) of zero mean, unit variance, uncorrelated.
+
+        Stable Diffusion scales its latents by one number [LDM]. In those of a small VAE one channel
+        can have ten times the variance of another, and noise then drowns the small one first. The
+        affine map and its inverse go into the two 1x1 convolutions: the same pictures come out, and
+        the file keeps its format. The posterior's variances become their means over x. [ours]
+        """
+        mean, logvar = (moment.transpose(0, 1).flatten(1).double() for moment in self.encode(x))
+        centre = mean.mean(1)
+        variances, axes = torch.linalg.eigh(mean.cov())
+        forth, back = (axes / variances.sqrt()).T, axes * variances.sqrt()  # whiten, and undo it
+
+        c, quant, post = len(centre), self.quant_conv, self.post_quant_conv
+        weight, bias = post.weight.double(), post.bias.double()
+        post.weight.copy_(torch.einsum("oi...,ij->oj...", weight, back))
+        post.bias.copy_(bias + weight[:, :, 0, 0] @ centre)
+        weight, bias = quant.weight[:c].double(), quant.bias[:c].double()
+        quant.weight[:c] = torch.einsum("oi,ij...->oj...", forth, weight).to(quant.weight)
+        quant.bias[:c] = (forth @ (bias - centre)).to(quant.bias)
+        quant.weight[c:] = 0
+        quant.bias[c:] = (forth**2 @ logvar.exp().mean(1)).log().to(quant.bias)
+        self.config["scaling_factor"] = 1.0
+
     @classmethod
     def from_folder(cls, path) -> "VAE":
         """Read a `vae/` folder of SD's kind. Raises ValueError for a file that does not fit."""
