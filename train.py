@@ -1,15 +1,15 @@
 """Train PixelDance: on the toy world, on a folder of videos, on one process or under torchrun.
 
-    python train.py                                  every toy stage that is not there yet
-    python train.py --stage video --video_steps 2000    one stage
-    python train.py --data FOLDER --out runs/mine       your videos, a.mp4 with a.txt beside it
+    python train.py                                  the video stage, from the shipped image model
+    python train.py --from-scratch                   all stages: VAE, text, image, video
+    python train.py --data FOLDER --out runs/mine    the same on your videos, a.mp4 beside a.txt
     torchrun --nproc_per_node=8 train.py --preset paper --init SD21_FOLDER --data FOLDER
 
 Every field of `tinydance/config.py` is an option. Stopped with Ctrl-C, the same command goes on.
 Read `tinydance/training.py` before.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import get_args
 
 from tinydance.config import COLUMNS, Config, Parser, did_you_mean, make_config, run_main
@@ -20,6 +20,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--stage", default="all", help=f"all, or one of {', '.join(STAGES)}")
     parser.add_argument("--preset", default="toy", help=f"one of {', '.join(COLUMNS)}")
+    parser.add_argument("--from-scratch", action="store_true", help="start from no trained part")
     names = [f.name for f in fields(Config) if f.name != "preset"]
     for f in fields(Config):
         if f.name in names:
@@ -32,7 +33,14 @@ def main() -> None:
         known = ("all", *STAGES)
         raise ValueError(f"unknown stage {args.stage!r}{did_you_mean(args.stage, known)}")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    train(make_config(args.preset, **given), args.stage)
+    if args.from_scratch and args.init:
+        raise ValueError(f"--from-scratch starts from nothing, and --init from {args.init}: use one")
+    config = make_config(args.preset, **given)
+    # The shipped parts serve the video stage, and know the plain toy world alone.
+    plain = config.data == "toyworld" and not config.rich
+    if args.from_scratch or not args.init and (not plain or args.stage in ("vae", "text", "image")):
+        config = replace(config, init="")
+    train(config, args.stage)
 
 
 if __name__ == "__main__":

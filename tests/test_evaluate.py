@@ -6,7 +6,18 @@ import torch
 from reference import tiny_model
 
 from tinydance import evaluate as module
-from tinydance.evaluate import HIDDEN_SEED, evaluate, same_frame_other_motions, table, verdicts
+from tinydance.evaluate import (
+    BACK,
+    HIDDEN_SEED,
+    ROWS,
+    evaluate,
+    nearest,
+    same_frame_other_motions,
+    seeds,
+    table,
+    there_and_back,
+    verdicts,
+)
 from tinydance.model import SHIPPED
 from tinydance.toyworld import World, make_clip
 from tinydance.vae import VAE
@@ -23,14 +34,15 @@ def oracle(monkeypatch):
     made = [make_clip(HIDDEN_SEED, n) for n in range(12)]
     asked = []
 
-    def sample_frames(model, prompts, first, last, seed, **settings):
+    def sample_frames(model, prompts, first=None, last=None, seed=0, **settings):
         asked.append((prompts, first, last, settings))
         truth = []
         for k, prompt in enumerate(prompts):
             frames = [f for f, caption in made if first is None or
                       torch.equal(to_pixels(torch.from_numpy(f[0])), first[k])]  # fmt: skip
             captions = [f for f, caption in made if caption == prompt]
-            truth.append(captions[0] if first is None else (frames or captions or [made[0][0]])[0])
+            found = captions if first is None else frames or captions
+            truth.append((found or [made[0][0]])[0])
         return to_pixels(torch.from_numpy(np.stack(truth)))
 
     monkeypatch.setattr(module, "sample_frames", sample_frames)
@@ -42,6 +54,7 @@ def test_the_truth_scores_full_marks_and_no_error(oracle):
     rows = {row.name: row for row in evaluate(model, clips=12)}
     for name in ("ceiling: true clips through the VAE", "text", "text, first, last"):
         assert all(share == 1 for share in rows[name].shares.values()), name
+        assert set(rows[name].kept) == {"colour", "shape", "background"}
     assert rows["text, first"].first_psnr > 60 and rows["text, first, last"].last_error < 0.01
     assert rows["text"].first_psnr is None and rows["text, first"].last_error is None
 
@@ -57,6 +70,7 @@ def test_every_row_gives_its_instructions_and_no_other(oracle):
         (False, True, False),  # text, first
         (False, True, True),  # text, first, last
         (False, True, False),  # same first, each motion
+        *[(False, True, False)] * 8,  # chain
     ]
     assert all(settings == {"steps": 7} for *_, settings in asked)
 
@@ -67,7 +81,31 @@ def test_one_first_frame_is_given_with_every_motion():
     for frame, caption in zip(frames, captions):
         groups.setdefault(frame.tobytes(), []).append(caption)
     sizes = [len(set(group)) for group in groups.values()]
-    assert all(size in (8, 9) for size in sizes[:-1])  # a circle is not seen to turn
+    assert sizes[:-1] == [8] * (len(sizes) - 1)
+
+
+def test_a_chain_goes_on_from_the_last_frame_and_takes_the_motion_back(oracle):
+    model, asked = oracle
+    evaluate(model, clips=12, rows=ROWS[-1:])
+    assert [prompts[0] for prompts, *_ in asked[:3:2]] == [asked[0][0][0]] * 2
+    assert asked[1][0][0] == there_and_back(asked[0][0][0]) != asked[0][0][0]
+    truth = to_pixels(torch.from_numpy(make_clip(HIDDEN_SEED, 0)[0]))
+    assert torch.equal(asked[0][1][0], truth[0]) and torch.equal(asked[1][1][0], truth[-1])
+    assert set(BACK) == set(World().motions)
+
+
+def test_shares_are_of_the_ceiling(oracle):
+    ceiling, text = evaluate(oracle[0], clips=12, rows=["text"])
+    ceiling.shares["shape"], text.shares["shape"] = 0.8, 0.4
+    lines = table([ceiling, text]).splitlines()
+    assert " 80 " in lines[2] and " 50 " in lines[3]
+
+
+def test_the_same_seed_gives_the_same_clip_and_the_nearest_clip_is_found(oracle, monkeypatch):
+    assert "same seed 0.00, another seed 0.00" in seeds(oracle[0], clips=2)
+    monkeypatch.setattr(module, "HIDDEN_SEED", 0)  # these clips were trained on: found, 0 off
+    strip, line = nearest(oracle[0], clips=6, count=2)
+    assert "0.0 from new true clips" in line and strip.width > 300
 
 
 def test_wrong_captions_score_like_chance():
@@ -81,7 +119,7 @@ def test_wrong_captions_score_like_chance():
 
 def test_the_table_is_markdown(oracle):
     lines = table(evaluate(oracle[0], clips=12)).splitlines()
-    assert len(lines) == 8 and all(line.count("|") == lines[0].count("|") for line in lines)
+    assert len(lines) == 2 + 1 + len(ROWS) and all(line.count("|") == lines[0].count("|") for line in lines)
 
 
 def test_the_referee_reads_true_clips_after_the_shipped_vae():

@@ -29,7 +29,8 @@ class Config:
     preset: str = option("toy", "the row of PRESETS that the other fields start from")
     data: str = option("toyworld", "'toyworld', or a folder of videos with captions in .txt")
     rich: bool = option(False, "the toy world with more shapes, colours and motions, and a camera")
-    init: str = option("", "model folder to start the video stage from (SD 2.1, ModelScope, ours)")
+    init: str = option("", "model folder that the video stage starts from: SD 2.1's, "
+                       "ModelScope's, ours; or 'shipped', the toy image model")
     out: str = option("runs/toy", "where stages write checkpoints, samples and models")
     seed: int = option(0, "all randomness is a function of it, the step and the sample")
 
@@ -106,8 +107,9 @@ class Config:
 
 # What differs from the paper's run.
 PRESETS = {
-    # field               paper           toy [ours]: two cores, an hour
+    # field               paper           toy [ours]: two cores, 80 min
     "out":                ("runs/paper",    "runs/toy"),
+    "init":               ("",              "shipped"),
     "height":             (256,             32),
     "width":              (256,             32),
     "beta_schedule":      ("scaled_linear", "linear"),            # ends in noise (1)
@@ -128,7 +130,7 @@ PRESETS = {
     "vae_steps":          (0,               10_000),
     "text_steps":         (0,               600),
     "image_steps":        (0,               4500),
-    "video_steps":        (200_000,         5600),
+    "video_steps":        (200_000,         11_000),
     "workers":            (4,               0),
     "save_every":         (1000,            500),
     "sample_every":       (2000,            1000),

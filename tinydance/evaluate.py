@@ -2,16 +2,19 @@
 
     python -m tinydance.evaluate --model FOLDER --clips 200
     python -m tinydance.evaluate --strip clips.png              # look before you measure
+    python -m tinydance.evaluate --nearest nearest.png          # is it remembered, or made?
 
 One row per instruction: text alone, the first frame without and with its text, the last frame as
-well, and the strict one, in which the same first frame is given with every motion in turn. The
-first row is the ceiling: what the referee reads from true clips after a round trip through the VAE.
+well; the strict one, in which the same first frame is given with every motion in turn; and chains,
+in which each clip goes on from the last frame of the one before. The first row is the ceiling: what
+the referee reads from true clips after a round trip through the VAE. The others are shares of it.
 [ours; the paper measures FVD and CLIPSIM, whose networks cannot come along]
 
 Read after `sampling.py` and `toyworld.py`. Not here: metrics for real videos.
 """
 
 import json
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,20 +36,28 @@ from tinydance.toyworld import (
     sample_scene,
 )
 from tinydance.training import show_clips
-from tinydance.video import to_frames, to_pixels
+from tinydance.video import film_strip, to_frames, to_pixels
 
 HIDDEN_SEED = 1_000_003_000  # of the evaluation's clips; training seeds are small numbers
 ATTRIBUTES = ("colour", "shape", "background", "motion")
 AT_A_TIME = 16
+CHAIN = 8  # clips
+ROWS = ("text", "first", "text, first", "text, first, last", "same first, each motion",
+        f"chain of {CHAIN}, the last clip")  # fmt: skip
+# A chain goes there and back, or it would leave the picture.
+BACK = [("moves to the right", "moves to the left"), ("moves up", "moves down"),
+        ("grows", "shrinks"), ("bounces to the right", "bounces to the left")]  # fmt: skip
+BACK = dict(BACK) | {b: a for a, b in BACK}
 
 
 @dataclass
 class Row:
-    """One instruction: how many clips obey in each attribute, and distances where they apply."""
+    """One instruction: how many clips obey, and distances where they apply."""
 
     name: str
     clips: int
     shares: dict[str, float]  # attribute -> share of the clips whose caption mentions it
+    kept: dict[str, float]  # the same of the last frame alone: colour, shape, background
     first_psnr: float | None = None  # dB, of the first frame against the VAE's round trip of it
     last_error: float | None = None  # pixels, the object in the last frame, median
 
@@ -54,60 +65,109 @@ class Row:
 def verdicts(frames: np.ndarray, captions: list[str], world: World) -> dict[str, float]:
     """frames uint8 (n, f, 3, H, W) -> for each attribute the share of clips that obey."""
     judged = [judge(clip, caption, world) for clip, caption in zip(frames, captions)]
-    return {
-        name: float(np.mean([verdict[name] for verdict in judged if name in verdict]))
-        for name in ATTRIBUTES
-    }
+    names = ATTRIBUTES if frames.shape[1] > 1 else ATTRIBUTES[:3]  # one frame has no motion
+    found = {name: [verdict[name] for verdict in judged if name in verdict] for name in names}
+    return {name: float(np.mean(said)) if said else np.nan for name, said in found.items()}
 
 
-def evaluate(model: PixelDance, clips: int = 100, seed: int = 0, **settings) -> list[Row]:
-    """Rows of the table; settings go to `sample_frames` (steps, guidance, tau)."""
-    world = World(model.settings.height, model.settings.frames)
-    made = [make_clip(HIDDEN_SEED + seed, n, world) for n in range(clips)]
-    truth, captions = np.stack([frames for frames, _ in made]), [caption for _, caption in made]
-    pixels = to_pixels(torch.from_numpy(truth)).to(model.device)
-    round_trip = torch.cat([
-        model.vae.decode_video(model.vae.encode_video(part)).clamp(-1, 1)
-        for part in pixels.split(AT_A_TIME)
-    ])  # fmt: skip
-    bar = tqdm(total=5 * clips, desc="evaluate", leave=False, disable=None)
+class Evaluation:
+    """Hidden true clips, and what a model makes of their instructions.
 
-    def sample(prompts: list[str], first: Tensor | None, last: Tensor | None) -> np.ndarray:
+    settings go to `sample_frames` (steps, guidance, tau).
+    """
+
+    def __init__(self, model: PixelDance, clips: int, seed: int = 0, **settings):
+        self.model, self.clips, self.seed, self.settings = model, clips, seed, settings
+        self.world = World(model.settings.height, model.settings.frames)
+        made = [make_clip(HIDDEN_SEED + seed, n, self.world) for n in range(clips)]
+        self.truth = np.stack([frames for frames, _ in made])
+        self.captions = [caption for _, caption in made]
+        self.pixels = to_pixels(torch.from_numpy(self.truth)).to(model.device)
+        self.round_trip = torch.cat([
+            model.vae.decode_video(model.vae.encode_video(part)).clamp(-1, 1)
+            for part in self.pixels.split(AT_A_TIME)
+        ])  # fmt: skip
+        self.bar = tqdm(unit="clip", leave=False, disable=None if sys.stderr.isatty() else True)
+
+    def sample(self, prompts: list[str], first: Tensor | None, last: Tensor | None, link=0):
+        """A clip for every prompt, uint8 (n, f, 3, H, W); `link` parts the seeds of a chain."""
         parts = []
         for i in range(0, len(prompts), AT_A_TIME):
             part = slice(i, i + AT_A_TIME)
             frames = sample_frames(
-                model, prompts[part], None if first is None else first[part],
-                None if last is None else last[part], seed=seed * 1000 + i, **settings,
+                self.model, prompts[part], None if first is None else first[part],
+                None if last is None else last[part], seed=(self.seed * 1000 + link) * 1000 + i,
+                **self.settings,
             )  # fmt: skip
             parts.append(to_frames(frames).cpu().numpy())
-            bar.update(len(prompts[part]))
+            self.bar.update(len(prompts[part]))
         return np.concatenate(parts)
 
-    def row(name: str, frames: np.ndarray, said: list[str], first=False, last=False) -> Row:
+    def measure(self, name: str, frames, captions, first=False, last=False) -> Row:
+        """The row of some clips; with first, last: against the true clips' frames."""
         psnr = error = None
         if first:
-            want = to_frames(round_trip[:, 0]).cpu().numpy().astype(float)
+            want = to_frames(self.round_trip[:, 0]).cpu().numpy().astype(float)
             mse = ((want - frames[:, 0]) ** 2).mean(axis=(1, 2, 3)) + 1e-6
             psnr = float(np.mean(10 * np.log10(255**2 / mse)))
         if last:
-            tracks = [(referee(a, world).track[-1], referee(b, world).track[-1])
-                      for a, b in zip(truth, frames)]  # fmt: skip
+            tracks = [(referee(a, self.world).track[-1], referee(b, self.world).track[-1])
+                      for a, b in zip(self.truth, frames)]  # fmt: skip
             error = float(np.nanmedian([np.linalg.norm(a - b) for a, b in tracks]))
-        return Row(name, len(frames), verdicts(frames, said, world), psnr, error)
+        shares = verdicts(frames, captions, self.world)
+        kept = verdicts(frames[:, -1:], captions, self.world)
+        return Row(name, len(frames), shares, kept, psnr, error)
 
-    first, last = pixels[:, 0], pixels[:, -1]
-    ceiling = to_frames(round_trip).cpu().numpy()
-    rows = [row("ceiling: true clips through the VAE", ceiling, captions)]
-    rows.append(row("text", sample(captions, None, None), captions))
-    rows.append(row("first", sample([""] * clips, first, None), captions, first=True))
-    rows.append(row("text, first", sample(captions, first, None), captions, first=True))
-    rows.append(row("text, first, last", sample(captions, first, last), captions, True, True))
-    one_first, turned = same_frame_other_motions(clips, seed, world)
-    one_first = to_pixels(torch.from_numpy(one_first)).to(model.device)
-    rows.append(row("same first, each motion", sample(turned, one_first, None), turned))
-    bar.close()
-    return rows
+    def ceiling(self) -> Row:
+        frames = to_frames(self.round_trip).cpu().numpy()
+        return self.measure("ceiling: true clips through the VAE", frames, self.captions)
+
+    def row(self, name: str) -> Row:
+        """One of ROWS."""
+        said, first, last = self.captions, self.pixels[:, 0], self.pixels[:, -1]
+        if name == "text":
+            return self.measure(name, self.sample(said, None, None), said)
+        if name == "first":
+            silent = [""] * self.clips
+            return self.measure(name, self.sample(silent, first, None), said, first=True)
+        if name == "text, first":
+            return self.measure(name, self.sample(said, first, None), said, first=True)
+        if name == "text, first, last":
+            frames = self.sample(said, first, last)
+            return self.measure(name, frames, said, first=True, last=True)
+        if name == "same first, each motion":
+            one, turned = same_frame_other_motions(self.clips, self.seed, self.world)
+            one = to_pixels(torch.from_numpy(one)).to(self.model.device)
+            return self.measure(name, self.sample(turned, one, None), turned)
+        return self.chain(name)
+
+    def chain(self, name: str) -> Row:
+        """Each clip starts from the last frame of the one before; the motion is taken back."""
+        said = self.captions[: max(1, self.clips // CHAIN)]
+        first = self.pixels[: len(said), 0]
+        for link in range(CHAIN):
+            frames = self.sample(said, first, None, link)
+            judged, first = said, to_pixels(torch.from_numpy(frames[:, -1])).to(self.model.device)
+            said = [there_and_back(caption) for caption in said]
+        return self.measure(name, frames, judged)
+
+
+def evaluate(model: PixelDance, clips: int = 100, seed: int = 0, rows=ROWS, **settings):
+    """The rows of the table, the ceiling first."""
+    evaluation = Evaluation(model, clips, seed, **settings)
+    evaluation.bar.total = sum(clips for name in rows)
+    found = [evaluation.ceiling()]
+    for name in rows:
+        evaluation.bar.set_description(name)
+        found.append(evaluation.row(name))
+    evaluation.bar.close()
+    return found
+
+
+def there_and_back(caption: str) -> str:
+    """The caption with the opposite motion."""
+    motion = next(phrase for phrase in BACK if phrase in caption)
+    return caption.replace(motion, BACK[motion])
 
 
 def same_frame_other_motions(clips: int, seed: int, world: World) -> tuple[np.ndarray, list[str]]:
@@ -117,8 +177,6 @@ def same_frame_other_motions(clips: int, seed: int, world: World) -> tuple[np.nd
     while len(captions) < clips:
         scene = sample_scene(rng, world)
         for motion in world.motions:
-            if scene.shape == "circle" and motion.startswith("turns"):
-                continue
             other = replace(scene, motion=motion)
             frames.append(render(other, world)[0])
             captions.append(caption_of(other))
@@ -126,39 +184,91 @@ def same_frame_other_motions(clips: int, seed: int, world: World) -> tuple[np.nd
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table, shares in percent."""
-    head = ["instruction", "clips", *ATTRIBUTES, "first frame, dB", "last position, px"]
+    """The rows as a Markdown table, in percent: of all clips for the ceiling, then of the ceiling."""
+    head = ["instruction", "clips", *ATTRIBUTES, "in the last frame", "first, dB", "last, px"]
     lines = [head, ["---"] * len(head)]
     for r in rows:
-        cells = [f"{100 * r.shares[name]:.0f}" for name in ATTRIBUTES]
+        best = rows[0] if r is not rows[0] else None
+        cells = [percent(r.shares, best and best.shares, name) for name in r.shares]
+        cells += [" / ".join(percent(r.kept, best and best.kept, name) for name in r.kept)]
         psnr = "" if r.first_psnr is None else f"{r.first_psnr:.1f}"
         error = "" if r.last_error is None else f"{r.last_error:.1f}"
         lines.append([r.name, str(r.clips), *cells, psnr, error])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def percent(shares: dict[str, float], best: dict[str, float] | None, name: str) -> str:
+    return f"{100 * shares[name] / (best[name] if best else 1):.0f}"
+
+
+def seeds(model: PixelDance, clips: int = 16, **settings) -> str:
+    """Is a clip a function of its seed, and of nothing else? In grey levels of 255."""
+    captions = [make_clip(HIDDEN_SEED, n)[1] for n in range(clips)]
+    made = [to_frames(sample_frames(model, captions, seed=s, **settings)).float() for s in (0, 0, 1)]
+    same, other = ((made[0] - frames).abs().mean() for frames in made[1:])
+    return f"mean difference of pixels: same seed {same:.2f}, another seed {other:.2f}, of 255"
+
+
+def nearest(model: PixelDance, clips: int, count: int = 5):
+    """Clips from text beside the nearest of the first `clips` training clips (seed 0): a film
+    strip, and the mean absolute distances; also those of true hidden clips, for comparison."""
+    world = World(model.settings.height, model.settings.frames)
+    hidden = [make_clip(HIDDEN_SEED, n, world) for n in range(count)]
+    captions = [caption for _, caption in hidden]
+    made = to_frames(sample_frames(model, captions)).cpu().numpy()
+    asked = np.stack([*made, *(frames for frames, _ in hidden)]).astype(np.int16)
+    best, found = np.full(len(asked), np.inf), [None] * len(asked)
+    for n in tqdm(range(clips), desc="nearest", leave=False, disable=None):
+        frames, caption = make_clip(0, n, world)
+        distance = np.abs(asked - frames).mean((1, 2, 3, 4))
+        for k in np.flatnonzero(distance < best):
+            best[k], found[k] = distance[k], (frames, caption)
+    rows, titles = [], []
+    for k in range(count):
+        rows += [made[k], found[k][0]]
+        titles += [captions[k], f"the nearest of {clips:,}: {found[k][1]}, {best[k]:.1f} off"]
+    line = (f"to the nearest of {clips:,} training clips, in grey levels of 255: "
+            f"{best[:count].mean():.1f} from the model's, {best[count:].mean():.1f} from new true "
+            "clips")  # fmt: skip
+    return film_strip([torch.from_numpy(row) for row in rows], titles), line
+
+
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", default=SHIPPED, help="model folder; default: the shipped one")
-    parser.add_argument("--clips", type=int, default=100, help="clips per row")
+    parser.add_argument("--clips", type=int, help="clips per row: 100; or to draw: 3")
+    parser.add_argument("--rows", help=f"some of them, joined by ';': {'; '.join(ROWS)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--tau", type=int)
     parser.add_argument("--json", help="also write the rows to this file")
-    parser.add_argument("--strip", help="draw three of the clips to this .png, and measure nothing")
+    parser.add_argument("--strip", help="draw clips to this .png instead, and measure nothing")
+    parser.add_argument("--nearest", help="draw five clips, each over the nearest of the training's")
+    parser.add_argument("--seen", type=int, default=10_000, help="training clips to search")
     args = parser.parse_args()
     settings = {k: getattr(args, k) for k in ("steps", "guidance", "tau")}
+    rows = [name.strip() for name in args.rows.split(";")] if args.rows else ROWS
+    for name in rows:
+        if name not in ROWS:
+            raise ValueError(f"unknown row {name!r}; known are: {'; '.join(ROWS)}")
     model = PixelDance.from_folder(args.model)
     if args.strip:
         world = World(model.settings.height, model.settings.frames)
-        show_clips(model, ToyWorld(HIDDEN_SEED + args.seed, world), args.seed).save(args.strip)
+        hidden = ToyWorld(HIDDEN_SEED + args.seed, world)
+        show_clips(model, hidden, args.seed, args.clips or 3, **settings).save(args.strip)
         return
-    rows = evaluate(model, args.clips, args.seed, **settings)
-    print(table(rows))
+    if args.nearest:
+        strip, line = nearest(model, args.seen)
+        strip.save(args.nearest)
+        print(line)
+        return
+    measured = evaluate(model, args.clips or 100, args.seed, rows, **settings)
+    print(table(measured))
+    print(seeds(model, **settings))
     if args.json:
         with open(args.json, "w") as file:
-            json.dump([vars(r) for r in rows], file, indent=2)
+            json.dump([vars(r) for r in measured], file, indent=2)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from tinydance.clip import ContrastiveLoss, TextTower, Tokenizer, build_vocabula
 from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image
 from tinydance.config import NETWORKS, Config, choose_device, describe
 from tinydance.data import Source, batches, open_source
-from tinydance.model import ClipSettings, PixelDance
+from tinydance.model import SHIPPED_IMAGE, ClipSettings, PixelDance
 from tinydance.noise import draw, generator
 from tinydance.sampling import sample_frames
 from tinydance.schedulers import Schedule, add_noise, target
@@ -395,9 +395,15 @@ def part_folder(config: Config, part: str) -> Path:
     """The folder of a part that an earlier stage of this run trained, or else of --init."""
     stage = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}[part]
     folder = Path(config.out) / stage / "model" / part
-    if not folder.exists() and config.init:
-        folder = Path(config.init) / part
-    elif not folder.exists() and getattr(config, f"{stage}_steps") == 0:
+    if folder.exists():
+        return folder
+    if config.init:
+        init = SHIPPED_IMAGE if config.init == "shipped" else Path(config.init)
+        if config.init == "shipped" and (Path(config.out) / "vae" / "model").exists():
+            raise ValueError(f"{config.out} has a VAE of its own, whose latents the shipped image "
+                             "model does not know: add --from-scratch")  # fmt: skip
+        folder = init / part
+    elif getattr(config, f"{stage}_steps") == 0:
         raise ValueError(f"preset {config.preset} starts from a trained {part}: give --init "
                          "FOLDER, a model folder such as Stable Diffusion 2.1's")  # fmt: skip
     if not folder.exists():
@@ -537,15 +543,18 @@ def show_images(model: PixelDance, held_out: Source, seed: int):
     return film_strip(list(rows), captions)
 
 
-def show_clips(model: PixelDance, held_out: Source, seed: int):
-    """Three held-out captions, each from text alone, with the first frame, with both."""
-    clips = [held_out.clip(n) for n in range(3)]
+def show_clips(model: PixelDance, held_out: Source, seed: int, count: int = 3, **settings):
+    """Held-out captions, each from text alone, with the first frame, with the last one as well."""
+    clips = [held_out.clip(n) for n in range(count)]
     captions = [clip.caption for clip in clips]
     pixels = to_pixels(torch.stack([clip.frames for clip in clips])).to(model.device)
     first, last = pixels[:, 0], pixels[:, -1]
     given = {"text": (None, None), "text, first": (first, None), "text, first, last": (first, last)}
     rows, titles, firsts, lasts = [], [], [], []
-    made = {k: to_frames(sample_frames(model, captions, *v, seed=seed)) for k, v in given.items()}
+    made = {
+        name: to_frames(sample_frames(model, captions, *frames, seed=seed, **settings))
+        for name, frames in given.items()
+    }
     for n, caption in enumerate(captions):
         for name, (I_first, I_last) in given.items():
             rows.append(made[name][n])
