@@ -60,7 +60,8 @@ def tiny_model(filled: bool = True, **schedule) -> PixelDance:
 
     filled: every parameter by the formula, so that nothing is at its zero start.
     """
-    tokenizer = build_vocabulary(["a", "red", "blue", "circle", "moves", "left"])
+    words = ["a", "red", "blue", "circle", "moves", "left"]
+    tokenizer = build_vocabulary(words, length=NETWORKS["text"]["max_position_embeddings"])
     torch.manual_seed(0)
     tower = TextTower(
         vocab_size=len(tokenizer.vocab), eos_token_id=tokenizer.end_id, **NETWORKS["text"]

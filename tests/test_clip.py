@@ -329,6 +329,16 @@ def test_no_two_texts_of_a_built_vocabulary_share_their_ids():
     assert len({tuple(row) for row in built(texts).tolist()}) == len(texts)
 
 
+def test_a_vocabulary_may_be_for_shorter_texts(tmp_path):
+    short = build_vocabulary(WORDS, length=8)
+    ids = short(["a b c d e f g h"])
+    assert ids.shape == (1, 8) and ids[0, -1] == short.end_id
+    assert short.dropped_words("a b c d e f g h") == "g h"
+    short.save(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.length == 8 and torch.equal(again(["a b"]), short(["a b"]))
+
+
 def test_a_new_tower_starts_with_answers_of_ordinary_size():
     c_text = small_tower()(torch.randint(50, (4, 12)))
     assert math.isclose(c_text.std().item(), 1.0, abs_tol=0.1)

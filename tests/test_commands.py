@@ -67,7 +67,7 @@ def test_the_same_seed_writes_the_same_file_and_another_seed_another(folder, mon
 
 
 def test_a_prompt_that_is_too_long_says_what_is_not_read(folder, monkeypatch, capsys):
-    prompt = " ".join(["red"] * 75 + ["forgotten"])
+    prompt = " ".join(["red"] * 22 + ["forgotten"])
     code, _, err = run(monkeypatch, capsys, sample, prompt, "--model", "model")
     assert code == 0 and "is not read: forgotten" in err
 
@@ -119,7 +119,8 @@ TRAIN_ERRORS = [
     (["--dtype", "float8"], "dtype is 'float8'"),
     (["--data", "nowhere"], "nowhere: no such folder"),
     (["--data", "empty"], "empty: no video inside"),
-    (["--stage", "video"], "run --stage image first"),
+    (["--stage", "video", "--from-scratch"], "run --stage image first"),
+    (["--from-scratch", "--init", "model"], "--init from model: use one"),
     (["--stage", "video", "--init", "nowhere"], "nowhere"),
     (["--preset", "paper", "--data", "videos"], "give --init FOLDER"),
     (["--width", "48"], "the toy world is square"),
@@ -133,6 +134,24 @@ def test_train_refuses_in_one_line(folder, monkeypatch, capsys, arguments, messa
     (folder / "videos" / "a.mp4").write_bytes(b"no video, but nobody will look")
     code, _, err = run(monkeypatch, capsys, train, "--device", "cpu", *arguments)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("arguments, init", [
+    ([], "shipped"),  # a newcomer's training starts from the shipped image model
+    (["--stage", "video"], "shipped"),
+    (["--from-scratch"], ""),
+    (["--stage", "image"], ""),
+    (["--rich", "true"], ""),  # words that the shipped text tower does not know
+    (["--data", "videos"], ""),
+    (["--data", "videos", "--init", "model"], "model"),
+    (["--stage", "image", "--init", "shipped"], "shipped"),
+    (["--preset", "paper"], ""),
+])  # fmt: skip
+def test_what_a_training_starts_from(monkeypatch, capsys, arguments, init):
+    started = []
+    monkeypatch.setattr(train, "train", lambda config, stage: started.append(config))
+    code, _, err = run(monkeypatch, capsys, train, *arguments)
+    assert code == 0 and started[0].init == init, err
 
 
 def test_values_are_typed_by_the_dataclass():
@@ -174,7 +193,7 @@ def test_the_shipped_model_follows_its_words(monkeypatch):
     from tinydance.toyworld import judge
     from tinydance.video import to_frames
 
-    captions = ["a red circle moves up at night", "a blue square grows on snow"]
+    captions = ["a red circle moves up at night", "a blue star grows on snow"]
     frames = to_frames(sample_frames(PixelDance.from_folder(SHIPPED), captions, steps=10)).numpy()
     for clip, caption in zip(frames, captions):
         verdict = judge(clip, caption)

@@ -55,6 +55,7 @@ def test_the_truth_scores_full_marks_and_no_error(oracle):
     for name in ("ceiling: true clips through the VAE", "text", "text, first, last"):
         assert all(share == 1 for share in rows[name].shares.values()), name
         assert set(rows[name].kept) == {"colour", "shape", "background"}
+        assert set(rows[name].motions.values()) == {1.0}
     assert rows["text, first"].first_psnr > 60 and rows["text, first, last"].last_error < 0.01
     assert rows["text"].first_psnr is None and rows["text, first"].last_error is None
 

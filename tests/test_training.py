@@ -30,8 +30,9 @@ from tinydance.training import (
     psnr,
     update_ema,
 )
-from tinydance.unet import UNet
+from tinydance.unet import UNet, is_temporal
 from tinydance.video import to_pixels
+from tinydance.weights import load_weights, read_config
 
 
 def newest(folder, stage="video"):
@@ -209,8 +210,35 @@ def test_a_finished_run_has_nothing_to_do(straight):
 
 
 def test_a_changed_configuration_is_refused_with_the_fields_that_differ(straight):
-    with pytest.raises(ValueError, match=r"eta was 0\.6 and is 0\.1; lr was 0\.0008 and is 0\.5"):
+    with pytest.raises(ValueError, match=r"eta was 0\.6 and is 0\.1; lr was 0\.001 and is 0\.5"):
         tiny_train("video", out=str(straight), eta=0.1, lr=0.5)
+
+
+def test_the_image_stage_leaves_what_stable_diffusion_is(straight):
+    """Four channels in, no temporal layer: the video stage starts from it as from SD 2.1."""
+    folder = straight / "image" / "model" / "unet"
+    config, weights = read_config(folder), load_weights(folder)
+    assert config["_class_name"] == "UNet2DConditionModel" and config["in_channels"] == 4
+    assert weights["conv_in.weight"].shape[1] == 4
+    assert not any(is_temporal(name) for name in weights)
+    start = UNet.from_folder(folder)
+    assert all(difference(start.state_dict()[name][:, :4] if name == "conv_in.weight"
+                          else start.state_dict()[name], weight) == 0
+               for name, weight in weights.items())  # fmt: skip
+    assert not start.conv_in.weight[:, 4:].any()
+    assert PixelDance.from_folder(straight / "image" / "model").settings.frames == 1
+
+
+def test_the_shipped_image_model_does_not_know_the_latents_of_another_vae(tmp_path):
+    tiny_train("vae", out=str(tmp_path))
+    with pytest.raises(ValueError, match="a VAE of its own.*add --from-scratch"):
+        tiny_train("video", out=str(tmp_path), init="shipped")
+
+
+def test_another_prediction_than_the_image_models_is_noted(straight, tmp_path, capsys):
+    tiny_train("video", out=str(tmp_path), init=str(straight / "image" / "model"),
+               prediction_type="epsilon", video_steps=1)  # fmt: skip
+    assert "learnt to predict v_prediction, this run epsilon" in capsys.readouterr().out
 
 
 def test_a_stage_without_its_forerunner_says_what_to_run(tmp_path):

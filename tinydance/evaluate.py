@@ -31,6 +31,7 @@ from tinydance.toyworld import (
     caption_of,
     judge,
     make_clip,
+    parse,
     referee,
     render,
     sample_scene,
@@ -60,6 +61,7 @@ class Row:
     kept: dict[str, float]  # the same of the last frame alone: colour, shape, background
     first_psnr: float | None = None  # dB, of the first frame against the VAE's round trip of it
     last_error: float | None = None  # pixels, the object in the last frame, median
+    motions: dict[str, float] | None = None  # motion -> share of the clips asked to do it
 
 
 def verdicts(frames: np.ndarray, captions: list[str], world: World) -> dict[str, float]:
@@ -68,6 +70,15 @@ def verdicts(frames: np.ndarray, captions: list[str], world: World) -> dict[str,
     names = ATTRIBUTES if frames.shape[1] > 1 else ATTRIBUTES[:3]  # one frame has no motion
     found = {name: [verdict[name] for verdict in judged if name in verdict] for name in names}
     return {name: float(np.mean(said)) if said else np.nan for name, said in found.items()}
+
+
+def by_motion(frames: np.ndarray, captions: list[str], world: World) -> dict[str, float]:
+    """For each motion the share of clips that do it, of those whose captions ask for it."""
+    read = [(parse(caption)["motion"], judge(clip, caption, world)["motion"])
+            for clip, caption in zip(frames, captions)]  # fmt: skip
+    asked = [name for name in world.motions if any(motion == name for motion, _ in read)]
+    return {name: float(np.mean([right for motion, right in read if motion == name]))
+            for name in asked}  # fmt: skip
 
 
 class Evaluation:
@@ -116,7 +127,8 @@ class Evaluation:
             error = float(np.nanmedian([np.linalg.norm(a - b) for a, b in tracks]))
         shares = verdicts(frames, captions, self.world)
         kept = verdicts(frames[:, -1:], captions, self.world)
-        return Row(name, len(frames), shares, kept, psnr, error)
+        motions = by_motion(frames, captions, self.world)
+        return Row(name, len(frames), shares, kept, psnr, error, motions)
 
     def ceiling(self) -> Row:
         frames = to_frames(self.round_trip).cpu().numpy()
@@ -265,6 +277,9 @@ def main() -> None:
         return
     measured = evaluate(model, args.clips or 100, args.seed, rows, **settings)
     print(table(measured))
+    for row in measured[1:]:
+        shares = ", ".join(f"{name} {100 * share:.0f}" for name, share in row.motions.items())
+        print(f"{row.name}, motion by motion: {shares}")
     print(seeds(model, **settings))
     if args.json:
         with open(args.json, "w") as file:

@@ -85,10 +85,11 @@ class PixelDance:
         tower.load(tensors)
         return cls(unet.eval(), vae.eval(), tower.eval(), tokenizer, Schedule())
 
-    def save(self, path, dtype: torch.dtype | None = None) -> None:
-        """Write the folder; dtype (say torch.float16) is that of the weights on disk."""
+    def save(self, path, dtype: torch.dtype | None = None, spatial: bool = False) -> None:
+        """Write the folder; dtype (say torch.float16) is that of the weights on disk. spatial: as
+        an image model, see `UNet.save`."""
         path = Path(path)
-        self.unet.save(path / "unet", dtype)
+        self.unet.save(path / "unet", dtype, spatial)
         self.vae.save(path / "vae", dtype)
         self.text_tower.save(path / "text_encoder", dtype)
         self.tokenizer.save(path / "tokenizer")

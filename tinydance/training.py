@@ -411,6 +411,12 @@ def part_folder(config: Config, part: str) -> Path:
     return folder
 
 
+def read_schedule(folder: Path) -> Schedule | None:
+    """The schedule that a model folder was trained under, where it says."""
+    there = (folder / "scheduler" / "scheduler_config.json").is_file()
+    return Schedule.from_folder(folder / "scheduler") if there else None
+
+
 def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
     """The autoencoder, on single frames."""
     torch.manual_seed(config.seed)
@@ -476,7 +482,12 @@ def unet_stage(
     if name == "image" and not config.init:
         unet = UNet(**NETWORKS["toy"]["unet"])
     else:
-        unet = UNet.from_folder(part_folder(config, "unet"))
+        folder = part_folder(config, "unet")
+        unet = UNet.from_folder(folder)
+        before = read_schedule(folder.parent)
+        if machine.rank == 0 and before and before.prediction_type != config.prediction_type:
+            print(f"note: the UNet in {folder} learnt to predict {before.prediction_type}, "
+                  f"this run {config.prediction_type}")  # fmt: skip
     unet.gradient_checkpointing = config.gradient_checkpointing
     fields = Schedule.__dataclass_fields__
     chosen = {name: value for name, value in asdict(config).items() if name in fields}
@@ -489,8 +500,9 @@ def unet_stage(
         tokenizer=Tokenizer.from_folder(part_folder(config, "tokenizer")),
         schedule=Schedule(**chosen),
         settings=ClipSettings(
-            frames=config.frames, fps=config.fps, height=config.height, width=config.width,
-            cond_noise_t=config.cond_noise_t, steps=config.steps, guidance=config.guidance,
+            frames=config.frames if name == "video" else 1, fps=config.fps, height=config.height,
+            width=config.width, cond_noise_t=config.cond_noise_t, steps=config.steps,
+            guidance=config.guidance,
         ),
     ).to(machine.device)  # fmt: skip
     model.latent_size(config.height, config.width)  # raises before anything is trained
@@ -511,7 +523,7 @@ def unet_stage(
         return PixelDance(**parts)
 
     def publish(ema: UNet) -> None:
-        with_unet(ema).save(folder / "model")
+        with_unet(ema).save(folder / "model", spatial=name == "image")
 
     def show(ema: UNet):
         strip = show_images if name == "image" else show_clips

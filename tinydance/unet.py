@@ -478,9 +478,15 @@ class UNet(nn.Module):
         is_2d = not any(is_temporal(name) for name in tensors)
         load_into(self, tensors, may_lack=lambda name: is_2d and is_temporal(name))
 
-    def save(self, path, dtype: torch.dtype | None = None) -> None:
-        write_config(path, to_diffusers_config(self.config))
+    def save(self, path, dtype: torch.dtype | None = None, spatial: bool = False) -> None:
+        """Write the folder. spatial: as an image model, which has SD 2.1's form: neither the
+        temporal layers nor the channels of c_image."""
+        write_config(path, to_diffusers_config(self.config, spatial))
         tensors = {k: v.to(dtype or v.dtype) for k, v in self.state_dict().items()}
+        if spatial:
+            tensors = {k: v for k, v in tensors.items() if not is_temporal(k)}
+            own = tensors["conv_in.weight"][:, : self.config["out_channels"]]
+            tensors["conv_in.weight"] = own.contiguous()
         save_safetensors(tensors, f"{path}/diffusion_pytorch_model.safetensors")
 
 
@@ -520,15 +526,19 @@ def from_diffusers_config(config: dict) -> dict:
     }
 
 
-def to_diffusers_config(config: dict) -> dict:
-    """The `config.json` of UNet3DConditionModel."""
-    attend = config["attention_levels"]
+def to_diffusers_config(config: dict, spatial: bool = False) -> dict:
+    """The `config.json` of UNet3DConditionModel, or of UNet2DConditionModel for an image model."""
+    attend, kind = config["attention_levels"], "2D" if spatial else "3D"
     rest = {k: v for k, v in config.items() if k != "attention_levels"}
+    if spatial:
+        counts = [width // config["attention_head_dim"] for width in config["block_out_channels"]]
+        rest |= {"in_channels": config["out_channels"], "attention_head_dim": counts}
+        rest |= {"use_linear_projection": True}
     return {
-        "_class_name": "UNet3DConditionModel",
+        "_class_name": f"UNet{kind}ConditionModel",
         **rest,
-        "down_block_types": ["CrossAttnDownBlock3D" if a else "DownBlock3D" for a in attend],
-        "up_block_types": ["CrossAttnUpBlock3D" if a else "UpBlock3D" for a in attend[::-1]],
+        "down_block_types": [f"{'CrossAttn' * a}DownBlock{kind}" for a in attend],
+        "up_block_types": [f"{'CrossAttn' * a}UpBlock{kind}" for a in attend[::-1]],
         "act_fn": "silu",
         "downsample_padding": 1,
         "mid_block_scale_factor": 1,
