@@ -34,7 +34,7 @@ def main() -> None:
         raise ValueError(f"unknown stage {args.stage!r}{did_you_mean(args.stage, known)}")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.from_scratch and args.init:
-        raise ValueError(f"--from-scratch starts from nothing, and --init from {args.init}: use one")
+        raise ValueError(f"--from-scratch has no use for --init {args.init}: give one of the two")
     config = make_config(args.preset, **given)
     # The shipped parts serve the video stage, and know the plain toy world alone.
     plain = config.data == "toyworld" and not config.rich

@@ -120,7 +120,7 @@ TRAIN_ERRORS = [
     (["--data", "nowhere"], "nowhere: no such folder"),
     (["--data", "empty"], "empty: no video inside"),
     (["--stage", "video", "--from-scratch"], "run --stage image first"),
-    (["--from-scratch", "--init", "model"], "--init from model: use one"),
+    (["--from-scratch", "--init", "model"], "has no use for --init model"),
     (["--stage", "video", "--init", "nowhere"], "nowhere"),
     (["--preset", "paper", "--data", "videos"], "give --init FOLDER"),
     (["--width", "48"], "the toy world is square"),

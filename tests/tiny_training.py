@@ -33,7 +33,8 @@ NETWORKS = {
     },
 }
 FIELDS = {
-    "init": "", "height": 16, "width": 16, "frames": 4, "batch": 4, "image_batch": 8, "image_every": 3,
+    "init": "", "height": 16, "width": 16, "frames": 4,
+    "batch": 4, "image_batch": 8, "image_every": 3,
     "vae_steps": 4, "text_steps": 3, "image_steps": 4, "video_steps": 8, "save_every": 4,
     "sample_every": 1000, "warmup": 2, "dtype": "float32", "device": "cpu",
 }  # fmt: skip

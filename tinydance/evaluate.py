@@ -27,8 +27,11 @@ from tinydance.data import ToyWorld
 from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import sample_frames
 from tinydance.toyworld import (
+    CHANGES,
+    CUTS,
     World,
     caption_of,
+    is_seen,
     judge,
     make_clip,
     parse,
@@ -87,9 +90,9 @@ class Evaluation:
     settings go to `sample_frames` (steps, guidance, tau).
     """
 
-    def __init__(self, model: PixelDance, clips: int, seed: int = 0, **settings):
+    def __init__(self, model: PixelDance, clips: int, seed=0, rich=False, **settings):
         self.model, self.clips, self.seed, self.settings = model, clips, seed, settings
-        self.world = World(model.settings.height, model.settings.frames)
+        self.world = World(model.settings.height, model.settings.frames, rich)
         made = [make_clip(HIDDEN_SEED + seed, n, self.world) for n in range(clips)]
         self.truth = np.stack([frames for frames, _ in made])
         self.captions = [caption for _, caption in made]
@@ -155,8 +158,9 @@ class Evaluation:
 
     def chain(self, name: str) -> Row:
         """Each clip starts from the last frame of the one before; the motion is taken back."""
-        said = self.captions[: max(1, self.clips // CHAIN)]
-        first = self.pixels[: len(said), 0]
+        there = [n for n, said in enumerate(self.captions) if parse(said)["motion"] in BACK]
+        there = there[: max(1, self.clips // CHAIN)]
+        said, first = [self.captions[n] for n in there], self.pixels[there, 0]
         for link in range(CHAIN):
             frames = self.sample(said, first, None, link)
             judged, first = said, to_pixels(torch.from_numpy(frames[:, -1])).to(self.model.device)
@@ -164,9 +168,9 @@ class Evaluation:
         return self.measure(name, frames, judged)
 
 
-def evaluate(model: PixelDance, clips: int = 100, seed: int = 0, rows=ROWS, **settings):
+def evaluate(model: PixelDance, clips=100, seed=0, rows=ROWS, rich=False, **settings) -> list[Row]:
     """The rows of the table, the ceiling first."""
-    evaluation = Evaluation(model, clips, seed, **settings)
+    evaluation = Evaluation(model, clips, seed, rich, **settings)
     evaluation.bar.total = sum(clips for name in rows)
     found = [evaluation.ceiling()]
     for name in rows:
@@ -178,7 +182,7 @@ def evaluate(model: PixelDance, clips: int = 100, seed: int = 0, rows=ROWS, **se
 
 def there_and_back(caption: str) -> str:
     """The caption with the opposite motion."""
-    motion = next(phrase for phrase in BACK if phrase in caption)
+    motion = parse(caption)["motion"]
     return caption.replace(motion, BACK[motion])
 
 
@@ -189,14 +193,16 @@ def same_frame_other_motions(clips: int, seed: int, world: World) -> tuple[np.nd
     while len(captions) < clips:
         scene = sample_scene(rng, world)
         for motion in world.motions:
-            other = replace(scene, motion=motion)
+            if motion in (CHANGES, CUTS) or not is_seen(motion, scene.shape):
+                continue
+            other = replace(scene, motion=motion, then=None)
             frames.append(render(other, world)[0])
             captions.append(caption_of(other))
     return np.stack(frames[:clips]), captions[:clips]
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table, in percent: of all clips for the ceiling, then of the ceiling."""
+    """The rows as a Markdown table, in percent: of the clips for the ceiling, then of the ceiling."""
     head = ["instruction", "clips", *ATTRIBUTES, "in the last frame", "first, dB", "last, px"]
     lines = [head, ["---"] * len(head)]
     for r in rows:
@@ -216,7 +222,10 @@ def percent(shares: dict[str, float], best: dict[str, float] | None, name: str) 
 def seeds(model: PixelDance, clips: int = 16, **settings) -> str:
     """Is a clip a function of its seed, and of nothing else? In grey levels of 255."""
     captions = [make_clip(HIDDEN_SEED, n)[1] for n in range(clips)]
-    made = [to_frames(sample_frames(model, captions, seed=s, **settings)).float() for s in (0, 0, 1)]
+    made = [
+        to_frames(sample_frames(model, captions, seed=seed, **settings)).float()
+        for seed in (0, 0, 1)
+    ]
     same, other = ((made[0] - frames).abs().mean() for frames in made[1:])
     return f"mean difference of pixels: same seed {same:.2f}, another seed {other:.2f}, of 255"
 
@@ -250,13 +259,14 @@ def main() -> None:
     parser.add_argument("--model", default=SHIPPED, help="model folder; default: the shipped one")
     parser.add_argument("--clips", type=int, help="clips per row: 100; or to draw: 3")
     parser.add_argument("--rows", help=f"some of them, joined by ';': {'; '.join(ROWS)}")
+    parser.add_argument("--rich", action="store_true", help="the richer world, for models of it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--tau", type=int)
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--strip", help="draw clips to this .png instead, and measure nothing")
-    parser.add_argument("--nearest", help="draw five clips, each over the nearest of the training's")
+    parser.add_argument("--nearest", help="draw five clips, each over the nearest trained on")
     parser.add_argument("--seen", type=int, default=10_000, help="training clips to search")
     args = parser.parse_args()
     settings = {k: getattr(args, k) for k in ("steps", "guidance", "tau")}
@@ -266,7 +276,7 @@ def main() -> None:
             raise ValueError(f"unknown row {name!r}; known are: {'; '.join(ROWS)}")
     model = PixelDance.from_folder(args.model)
     if args.strip:
-        world = World(model.settings.height, model.settings.frames)
+        world = World(model.settings.height, model.settings.frames, args.rich)
         hidden = ToyWorld(HIDDEN_SEED + args.seed, world)
         show_clips(model, hidden, args.seed, args.clips or 3, **settings).save(args.strip)
         return
@@ -275,7 +285,7 @@ def main() -> None:
         strip.save(args.nearest)
         print(line)
         return
-    measured = evaluate(model, args.clips or 100, args.seed, rows, **settings)
+    measured = evaluate(model, args.clips or 100, args.seed, rows, args.rich, **settings)
     print(table(measured))
     for row in measured[1:]:
         shares = ", ".join(f"{name} {100 * share:.0f}" for name, share in row.motions.items())

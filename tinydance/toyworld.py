@@ -144,7 +144,7 @@ def sample_scene(rng: np.random.Generator, world: World = World()) -> Scene:
     x, y = rng.uniform(13.5, 18.5, 2)
     radius = rng.uniform(5.0, 6.5)
     horizon, hills, light = rng.uniform(19, 23), rng.uniform(0, 2 * np.pi), rng.uniform(0.93, 1.05)
-    motion = str(rng.choice([m for m in world.motions if _is_seen(m, shape)]))
+    motion = str(rng.choice([m for m in world.motions if is_seen(m, shape)]))
     scene = Scene(shape, colour, background, motion, says_background, x, y, radius,
                   rng.random(), horizon, hills, light)
     if motion not in (CHANGES, CUTS):
@@ -157,7 +157,8 @@ def sample_scene(rng: np.random.Generator, world: World = World()) -> Scene:
     return replace(scene, then=then)
 
 
-def _is_seen(motion, shape):
+def is_seen(motion: str, shape: str) -> bool:
+    """A shape without corners is not seen to turn."""
     return shape in POLYGONS or not motion.startswith("turns")
 
 
@@ -256,7 +257,7 @@ def captions(world: World = World(), background: bool = True) -> list[str]:
             ends = [f" {c}" for c in others]
         if motion == CUTS:
             ends = [f" a {c} {s}" for c, s in product(others, world.shapes) if s != shape]
-        if _is_seen(motion, shape):
+        if is_seen(motion, shape):
             found += [f"a {colour} {shape} {motion}{end}" for end in ends]
     places = ["", *(f" {phrase}" for phrase in BACKGROUNDS)] if background else [""]
     return [caption + place for caption, place in product(found, places)]
