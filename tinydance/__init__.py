@@ -8,7 +8,7 @@ A clip is made from three instructions: text, the first frame and, if wanted, th
     f^first, f^last    f_first, f_last               b 4 h w            conditioning.py
     c^image (Eq. 1)    make_c_image -> c_image       b f 4 h w          conditioning.py
     PADs               zeros between the two                            conditioning.py
-    c^text             encode_text -> c_text         b 77 d             clip.py, model.py
+    c^text             encode_text -> c_text         b l d              clip.py, model.py
     z, z_t             z_0, z_t                      b f 4 h w          schedulers.py, training.py
     epsilon            eps; out, what is predicted   b f 4 h w          schedulers.py
     alpha-bar_t        alpha_bar[t]                  T                  schedulers.py
@@ -24,8 +24,8 @@ Letters: b batch, f frames, c channels, h w height and width of latents, H W of 
 tokens, d width. DDIM's own eta is ddim_eta; w = 1 switches guidance off.
 
 Read in this order: schedulers, conditioning, noise, sampling, model, unet, training, train.py,
-vae, clip, weights, data, toyworld, video, config, sample.py, evaluate; then the tests of conditioning,
-sampling and training, which are the claims, executable.
+vae, clip, weights, data, toyworld, video, config, sample.py, evaluate; then the tests of
+conditioning, sampling and training, which are the claims, executable.
 """
 
 __version__ = "0.1.0"

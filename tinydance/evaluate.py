@@ -202,7 +202,7 @@ def same_frame_other_motions(clips: int, seed: int, world: World) -> tuple[np.nd
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table, in percent: of the clips for the ceiling, then of the ceiling."""
+    """The rows as a Markdown table, in percent; below the ceiling, in percent of it."""
     head = ["instruction", "clips", *ATTRIBUTES, "in the last frame", "first, dB", "last, px"]
     lines = [head, ["---"] * len(head)]
     for r in rows:
