@@ -114,7 +114,8 @@ def test_the_loss_is_the_square_error_of_the_prediction(monkeypatch, prediction)
 def test_the_condition_is_the_clips_own_first_and_last_frames_under_other_noise(monkeypatch):
     _, seen = recorded_loss(monkeypatch, 4, 6)
     assert difference(seen["z"][:, :, 4:], seen["c_image"]) == 0
-    assert seen["alpha_bar_c"] == float(seen["model"].schedule.alpha_bar[100])
+    cond_noise_t = make_config("toy").cond_noise_t
+    assert seen["alpha_bar_c"] == float(seen["model"].schedule.alpha_bar[cond_noise_t])
     eps_of_target = [training.generator("train", 0, n) for n in range(6)]
     for g in eps_of_target:
         torch.rand(4, generator=g)
