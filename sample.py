@@ -11,7 +11,14 @@ Read `tinydance/sampling.py` before.
 import sys
 from pathlib import Path
 
-from tinydance.config import Parser, choose_device, did_you_mean, run_main
+from tinydance.config import (
+    Parser,
+    autocast,
+    choose_device,
+    choose_dtype,
+    did_you_mean,
+    run_main,
+)
 from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import sample_frames
 from tinydance.video import check_output, read_image, save_video, to_frames, to_pixels
@@ -35,6 +42,7 @@ def main() -> None:
     parser.add_argument("--out", help="x.mp4, x.gif, x.apng or x.png; default: clip.mp4")
     parser.add_argument("--overwrite", action="store_true", help="let --out replace a file")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
+    parser.add_argument("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
@@ -45,28 +53,31 @@ def main() -> None:
     out = Path(args.out) if args.out else next_free("clip", ".mp4")
     check_output(out, args.overwrite)  # before the work, not after it
 
-    model = PixelDance.from_folder(args.model).to(choose_device(args.device))
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    model = PixelDance.from_folder(args.model).to(device)
     dropped = model.tokenizer.dropped_words(args.prompt)
     if dropped:
         print(f"note: the prompt is too long; this part is not read: {dropped}", file=sys.stderr)
     size = model.settings.height, model.settings.width
     I_first, I_last = (read_image(path, size) if path else None for path in (args.first, args.last))
-    frames = sample_frames(
-        model,
-        [args.prompt],
-        None if I_first is None else to_pixels(I_first)[None],
-        None if I_last is None else to_pixels(I_last)[None],
-        frames=args.frames,
-        steps=args.steps,
-        guidance=args.guidance,
-        tau=args.tau,
-        negative=args.negative,
-        seed=args.seed,
-        sampler=args.sampler,
-        ddim_eta=args.ddim_eta,
-        cond_noise_t=args.cond_noise_t,
-        bar=True,
-    )
+    with autocast(device, dtype):
+        frames = sample_frames(
+            model,
+            [args.prompt],
+            None if I_first is None else to_pixels(I_first)[None],
+            None if I_last is None else to_pixels(I_last)[None],
+            frames=args.frames,
+            steps=args.steps,
+            guidance=args.guidance,
+            tau=args.tau,
+            negative=args.negative,
+            seed=args.seed,
+            sampler=args.sampler,
+            ddim_eta=args.ddim_eta,
+            cond_noise_t=args.cond_noise_t,
+            bar=True,
+        )
     save_video(
         to_frames(frames[0]), out, model.settings.fps, overwrite=args.overwrite,
         caption=args.prompt, first=I_first, last=I_last,

@@ -1,5 +1,6 @@
 """The two scripts as a user types them: what works, and one clear line for what cannot."""
 
+import hashlib
 import sys
 
 import numpy as np
@@ -12,8 +13,10 @@ import sample
 import train
 from tinydance import evaluate
 from tinydance.config import make_config, run_main
-from tinydance.model import SHIPPED
-from tinydance.video import read_clip
+from tinydance.model import SHIPPED, SHIPPED_IMAGE, PixelDance
+from tinydance.sampling import sample_frames
+from tinydance.toyworld import judge
+from tinydance.video import read_clip, to_frames
 
 
 @pytest.fixture
@@ -90,6 +93,7 @@ SAMPLE_ERRORS = [
     (["--model", "nowhere"], "nowhere is no folder"),
     (["--model", "empty"], "config.json"),
     (["--device", "abacus"], "device is 'abacus'"),
+    (["--dtype", "float8"], "dtype is 'float8'; use auto or float32 or bfloat16"),
     (["--sampler", "euler"], "sampler is 'euler'"),
     (["--ddim_etta", "1"], "unknown argument '--ddim_etta'; did you mean 'ddim_eta'"),
 ]
@@ -181,18 +185,40 @@ def test_evaluate_draws_a_strip(folder, monkeypatch, capsys):
     assert code == 2 and "nowhere is no folder" in err
 
 
-def test_the_shipped_model_is_under_20_mb():
-    size = sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file())
+@pytest.mark.parametrize("folder", [SHIPPED, SHIPPED_IMAGE])
+def test_a_shipped_model_is_under_20_mb_and_what_its_card_says(folder):
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert 1e6 < size < 20e6
+    card = (folder / "README.md").read_text()
+    weights = sorted(folder.rglob("*.safetensors"))
+    assert len(weights) == 3
+    for file in weights:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert f"{digest}  {file.relative_to(folder).as_posix()}" in card
+
+
+def test_a_newcomers_training_starts_and_leaves_a_model(folder, monkeypatch, capsys):
+    """`python train.py`, but for its length: the video stage, from the shipped image model."""
+    few = ["--video_steps", 2, "--batch", 2, "--image_every", 2, "--image_batch", 2, "--steps", 2]
+    code, out, err = run(monkeypatch, capsys, train, *few)
+    assert code == 0 and "stage video" in out and "stage image" not in out, err
+    assert sorted(path.name for path in (folder / "runs" / "toy").iterdir()) == ["video"]
+    model = ["--model", "runs/toy/video/model", "--steps", 2]
+    assert run(monkeypatch, capsys, sample, "a red circle moves up", *model)[0] == 0
+
+
+def test_the_shipped_image_model_draws_what_it_is_told():
+    captions = ["a red circle moves up at night", "a blue star grows on snow"] * 4
+    model = PixelDance.from_folder(SHIPPED_IMAGE)
+    frames = to_frames(sample_frames(model, captions, frames=1)).numpy()
+    verdicts = [judge(frame, caption) for frame, caption in zip(frames, captions)]
+    assert sum(verdict["background"] for verdict in verdicts) >= 7
+    assert sum(verdict["colour"] for verdict in verdicts) >= 6
+    assert sum(verdict["shape"] for verdict in verdicts) >= 5
 
 
 def test_the_shipped_model_follows_its_words(monkeypatch):
     """A few clips, a few steps: colours and backgrounds are those of the captions."""
-    from tinydance.model import PixelDance
-    from tinydance.sampling import sample_frames
-    from tinydance.toyworld import judge
-    from tinydance.video import to_frames
-
     captions = ["a red circle moves up at night", "a blue star grows on snow"]
     frames = to_frames(sample_frames(PixelDance.from_folder(SHIPPED), captions, steps=10)).numpy()
     for clip, caption in zip(frames, captions):

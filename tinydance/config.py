@@ -8,6 +8,7 @@ Not here: how a network is shaped. That is the table at the end, in the config f
 """
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -117,7 +118,7 @@ PRESETS = {
     "beta_end":           (0.012,           0.03),
     "prediction_type":    ("epsilon",       "v_prediction"),      # (2)
     "timestep_spacing":   ("leading",       "trailing"),
-    "steps":              (50,              25),
+    "steps":              (50,              16),
     "guidance":           (7.5,             2.0),
     "eta":                (0.25,            0.6),                 # (3)
     "cond_noise_t":       (100,             10),                  # (4)
@@ -197,6 +198,24 @@ def choose_device(name: str) -> str:
         usable = ", ".join(kind for kind, is_there in there.items() if is_there)
         raise ValueError(f"device is {name!r}; this machine has {usable}")
     return name
+
+
+def choose_dtype(name: str, kind: str) -> torch.dtype:
+    """"auto" -> bfloat16 where the hardware multiplies it: CUDA, CPUs with AVX-512 BF16 or AMX.
+
+    Raises ValueError for any name but auto, float32 and bfloat16.
+    """
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype is {name!r}; use auto or float32 or bfloat16")
+    if name != "auto":
+        return getattr(torch, name)
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if kind == "cuda" or (kind == "cpu" and supported()) else torch.float32
+
+
+def autocast(kind: str, dtype: torch.dtype):
+    """Matrix products and convolutions in bfloat16, whose range needs no loss scale."""
+    return torch.autocast(kind, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
 class Parser(argparse.ArgumentParser):

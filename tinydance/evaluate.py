@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinydance.config import Parser, run_main
+from tinydance.config import Parser, autocast, choose_device, choose_dtype, run_main
 from tinydance.data import ToyWorld
 from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import sample_frames
@@ -264,17 +264,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--tau", type=int)
+    parser.add_argument("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--strip", help="draw clips to this .png instead, and measure nothing")
     parser.add_argument("--nearest", help="draw five clips, each over the nearest trained on")
     parser.add_argument("--seen", type=int, default=10_000, help="training clips to search")
     args = parser.parse_args()
-    settings = {k: getattr(args, k) for k in ("steps", "guidance", "tau")}
     rows = [name.strip() for name in args.rows.split(";")] if args.rows else ROWS
     for name in rows:
         if name not in ROWS:
             raise ValueError(f"unknown row {name!r}; known are: {'; '.join(ROWS)}")
-    model = PixelDance.from_folder(args.model)
+    device = choose_device("auto")
+    dtype = choose_dtype(args.dtype, device)
+    with torch.no_grad(), autocast(device, dtype):
+        report(PixelDance.from_folder(args.model).to(device), args, rows)
+
+
+def report(model: PixelDance, args, rows: list[str]) -> None:
+    """Do what the command line asks for."""
+    settings = {k: getattr(args, k) for k in ("steps", "guidance", "tau")}
     if args.strip:
         world = World(model.settings.height, model.settings.frames, args.rich)
         hidden = ToyWorld(HIDDEN_SEED + args.seed, world)

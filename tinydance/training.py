@@ -12,7 +12,6 @@ Read before: `unet.py`. Read after: `train.py`, then `vae.py` and `clip.py`.
 Not here: gradient accumulation, sharded optimizers, latents cached on disk.
 """
 
-import contextlib
 import copy
 import json
 import math
@@ -35,7 +34,14 @@ from tqdm import tqdm
 
 from tinydance.clip import ContrastiveLoss, TextTower, Tokenizer, build_vocabulary
 from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image
-from tinydance.config import NETWORKS, Config, choose_device, describe
+from tinydance.config import (
+    NETWORKS,
+    Config,
+    autocast,
+    choose_device,
+    choose_dtype,
+    describe,
+)
 from tinydance.data import Source, batches, open_source
 from tinydance.model import SHIPPED_IMAGE, ClipSettings, PixelDance
 from tinydance.noise import draw, generator
@@ -103,16 +109,13 @@ class Machine:
             torch.cuda.set_device(local_rank)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-        self.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else fast_dtype(kind)
+        self.dtype = choose_dtype(config.dtype, kind)
         self.compile = config.compile == "on" or (config.compile == "auto" and kind == "cuda")
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
 
     def autocast(self):
-        """Matrix products and convolutions in bfloat16, whose range needs no loss scale."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return autocast(self.device.type, self.dtype)
 
     def mean(self, *values: float) -> list[float]:
         """The mean over all ranks of each value."""
@@ -129,12 +132,6 @@ class Machine:
     def close(self) -> None:
         if self.world_size > 1:
             dist.destroy_process_group()
-
-
-def fast_dtype(kind: str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it: on CUDA, and on CPUs with AVX-512 BF16 or AMX."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if kind == "cuda" or (kind == "cpu" and supported()) else torch.float32
 
 
 # ------------------------------------------------------------------------------------- checkpoints
