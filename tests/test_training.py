@@ -373,7 +373,7 @@ def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_capt
 
     config = make_config("toy", **fields)
     objective = DiffusionLoss(model, config)
-    stage = Stage("clip", objective, unet, 250, 2e-3, stream, publish=lambda ema: None)
+    stage = Stage("clip", objective, unet, 330, 2e-3, stream, publish=lambda ema: None)
     model.unet = fit(stage, config, training.Machine(config))
     truth = to_pixels(frames)[None]
     round_trip = model.vae.decode_video(model.vae.encode_video(truth)).clamp(-1, 1)
