@@ -12,10 +12,11 @@ from reference import tiny_model
 import sample
 import train
 from tinydance import evaluate
-from tinydance.config import make_config, run_main
+from tinydance.config import COLUMNS, NETWORKS, make_config, run_main
 from tinydance.model import SHIPPED, SHIPPED_IMAGE, PixelDance
 from tinydance.sampling import sample_frames
 from tinydance.toyworld import judge
+from tinydance.unet import UNet
 from tinydance.video import read_clip, to_frames
 
 
@@ -112,6 +113,9 @@ def test_sample_refuses_in_one_line(folder, monkeypatch, capsys, arguments, mess
 
 TRAIN_ERRORS = [
     (["--preset", "papper"], "unknown preset 'papper'; did you mean 'paper'?"),
+    (["--stage", "benchmrak"], "unknown stage 'benchmrak'; did you mean 'benchmark'?"),
+    (["--resume", "maybe"], "resume is 'maybe'; use auto or none"),
+    (["--train", "spatial"], "train is 'spatial'; use all or temporal"),
     (["--stage", "vidio"], "unknown stage 'vidio'; did you mean 'video'?"),
     (["--bacth", "4"], "unknown argument '--bacth'; did you mean 'batch'?"),
     (["--batch", "four"], "batch is 'four'; it must be a whole number"),
@@ -170,6 +174,19 @@ def test_the_papers_preset_is_the_papers_run():
     assert (config.num_train_timesteps, config.cond_noise_t, config.eta) == (1000, 100, 0.25)
     assert (config.batch, config.video_steps, config.image_every) == (192, 200_000, 8)
     assert config.prediction_type == "epsilon" and config.vae_steps == config.text_steps == 0
+
+
+def test_the_other_presets_are_what_the_readme_says():
+    hd, small = make_config("paper-hd"), make_config("small")
+    assert (hd.height, hd.width, hd.video_steps) == (320, 512, 50_000)
+    assert hd.init == f"{make_config('paper').out}/video/model"
+    with torch.device("meta"):
+        unet = UNet(**NETWORKS["small"]["unet"])
+    assert sum(p.numel() for p in unet.parameters()) == 104_117_764
+    assert unet.config["cross_attention_dim"] == 1024 and small.image_steps > 0  # SD 2.1's text
+    for preset in COLUMNS:
+        batch = make_config(preset)
+        assert batch.image_batch == 8 * batch.batch
 
 
 @pytest.mark.parametrize("script", [sample, train])

@@ -211,7 +211,7 @@ HOW = dict(global_batch=4, single=every_fourth, image_batch=8)
 
 def test_batches_have_the_promised_shapes_and_numbers():
     source = ToyWorld(0)
-    for step, frames, captions, shown in batches(source, 2, 9, **HOW):
+    for step, frames, captions, shown, names in batches(source, 2, 9, **HOW):
         b, f, start = (8, 1, FIRST_IMAGE) if every_fourth(step) else (4, source.frames, 0)
         assert frames.shape == (b, f, 3, *source.size) and frames.dtype == torch.uint8
         assert shown == [start + step * b + j for j in range(b)] and len(captions) == b

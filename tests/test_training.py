@@ -11,23 +11,24 @@ import time
 import numpy as np
 import pytest
 import torch
-from reference import HERE, difference, tiny_model
+from PIL import Image
+from reference import HERE, difference, tiny_model, tiny_unet
 from tiny_training import FIELDS, tiny_train
 
 from tinydance import conditioning, training
+from tinydance.checkpoints import checkpoints
 from tinydance.config import make_config
-from tinydance.data import ToyWorld, batches
+from tinydance.data import Batch, ToyWorld, batches
 from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import sample_frames
 from tinydance.schedulers import add_noise
+from tinydance.stages import psnr
 from tinydance.toyworld import World
 from tinydance.training import (
     DiffusionLoss,
     Stage,
-    checkpoints,
     fit,
     learning_rate,
-    psnr,
     update_ema,
 )
 from tinydance.unet import UNet, is_temporal
@@ -247,6 +248,81 @@ def test_a_stage_without_its_forerunner_says_what_to_run(tmp_path):
         tiny_train("video", out=str(tmp_path))
 
 
+def test_resume_none_sets_the_old_run_aside(straight, tmp_path):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    tiny_train("video", out=str(tmp_path), resume="none", video_steps=1)
+    assert newest(tmp_path)["step"] == 1 and newest(tmp_path, "video_1")["step"] == 8
+
+
+def before_the_video_stage(straight, out):
+    """The first three stages of a run, without dropout, whose masks differ from rank to rank."""
+    for stage in ("vae", "text", "image"):
+        shutil.copytree(straight / stage, out / stage)
+    config = out / "image" / "model" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"temporal_dropout": 0.0}))
+
+
+def test_small_passes_add_up_to_a_large_one(straight, tmp_path):
+    """Eight steps, two of them of images, a clip at a time."""
+    before_the_video_stage(straight, tmp_path / "large")
+    before_the_video_stage(straight, tmp_path / "small")
+    tiny_train("video", out=str(tmp_path / "large"))
+    calls, forward = [], DiffusionLoss.forward
+
+    def spy(self, pixels, captions, numbers):
+        calls.append(tuple(pixels.shape[:2]))
+        return forward(self, pixels, captions, numbers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionLoss, "forward", spy)
+        tiny_train("video", out=str(tmp_path / "small"), micro_batch=1)
+    assert set(calls) == {(1, 4), (2, 1)} and len(calls) == 6 * 4 + 2 * 4
+    large, small = log(tmp_path / "large"), log(tmp_path / "small")
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(large, small, strict=True)) < 1e-5
+
+
+def test_temporal_training_moves_only_what_the_paper_adds(straight, tmp_path):
+    for stage in ("vae", "text", "image"):
+        shutil.copytree(straight / stage, tmp_path / stage)
+    tiny_train("video", out=str(tmp_path), train="temporal")
+    before = UNet.from_folder(straight / "image" / "model" / "unet").state_dict()
+    after = newest(tmp_path)["objective"]
+    moved = {name for name, value in before.items() if difference(after[f"unet.{name}"], value)}
+    assert {name for name in moved if not is_temporal(name)} == {"conv_in.weight", "conv_in.bias"}
+    assert any("temp_attentions" in name for name in moved)
+    assert {line["kind"] for line in log(tmp_path)} == {"clip"}
+
+
+def test_two_graphs_are_compiled_one_for_clips_and_one_for_images(monkeypatch):
+    graphs, unet = [], tiny_unet()
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self, **options: compile_(self, backend=backend, **options))
+    machine = training.Machine(make_config("toy", **FIELDS))
+    machine.compile = True
+    machine.distribute(unet, unet)
+    for _ in range(2):
+        for b, f in ((2, 4), (5, 1)):
+            t = torch.randint(0, 1000, (b,))
+            unet(torch.randn(b, f, 8, 8, 8), t, torch.randn(b, 24, 16)).sum().backward()
+    assert len(graphs) == 2
+
+
+def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C++ compiler found\nwith a long explanation")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    machine = training.Machine(make_config("toy", **(FIELDS | {"compile": "on"})))
+    assert not machine.compile
+    assert "does not work here (no C++ compiler found)" in capsys.readouterr().out
+
+
 def run_script(*arguments, ranks=1):
     launcher = [sys.executable]
     if ranks > 1:
@@ -264,11 +340,7 @@ def test_two_ranks_equal_one(straight, tmp_path):
     ends = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        shutil.copytree(straight / "image", out / "image")
-        shutil.copytree(straight / "vae", out / "vae")
-        shutil.copytree(straight / "text", out / "text")
-        config = out / "image" / "model" / "unet" / "config.json"  # dropout differs by rank
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"temporal_dropout": 0.0}))
+        before_the_video_stage(straight, out)
         process = run_script("video", f"out={out}", ranks=ranks)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
@@ -278,6 +350,21 @@ def test_two_ranks_equal_one(straight, tmp_path):
     # Single weights may part by Adam's step where a gradient is all rounding; together they do not.
     for a, b in zip(one["objective"].values(), two["objective"].values()):
         assert float((a - b).square().mean().sqrt()) < 1e-4
+
+
+def test_sharded_moments_change_nothing_and_go_on_without_shards(straight, tmp_path):
+    before_the_video_stage(straight, tmp_path)
+    before_the_video_stage(straight, tmp_path / "plain")
+    for out, zero in ((tmp_path, "true"), (tmp_path / "plain", "false")):
+        process = run_script("video", f"out={out}", f"zero={zero}", "save_every=2", ranks=2)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    losses = [line["loss"] for line in log(tmp_path)]
+    plain = [line["loss"] for line in log(tmp_path / "plain")]
+    assert max(abs(a - b) for a, b in zip(losses, plain, strict=True)) < 1e-6
+    shutil.rmtree(checkpoints(tmp_path / "video" / "checkpoints")[-1])
+    tiny_train("video", out=str(tmp_path), dropout=0.0)  # from step 6, on one rank
+    assert abs(log(tmp_path)[-1]["loss"] - plain[-1]) < 1e-5
 
 
 def test_sigterm_saves_at_the_current_step_and_leaves_with_zero(straight, tmp_path):
@@ -305,7 +392,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
 
     def stream(first, last):
         for step in range(first, last):
-            yield step, torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8), [""], [step]
+            frames = torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8)
+            yield Batch(step, frames, [""], [step], [f"sample {step}"])
 
     fields = FIELDS | {"out": str(tmp_path), "decay": False, "save_every": 1}
     config, objective, weights = make_config("toy", **fields), Poisoned(), []
@@ -318,6 +406,49 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
     assert [line["skipped"] for line in log(tmp_path, "x")] == [False, True, False]
     assert not torch.equal(weights[0], torch.ones(2)) and torch.equal(weights[0], weights[1])
     assert torch.isfinite(weights[2]).all() and not torch.equal(weights[1], weights[2])
+
+
+def test_a_run_whose_gradients_stay_infinite_ends_with_the_samples_names(tmp_path):
+    class Hopeless(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, pixels, captions, numbers):
+            return self.weight.sum() * float("inf")
+
+    def stream(first, last):
+        for step in range(first, last):
+            frames = torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8)
+            yield Batch(step, frames, [""], [step], [f"clips/{step}.mp4"])
+
+    config = make_config("toy", **(FIELDS | {"out": str(tmp_path), "max_skips": 3}))
+    stage = Stage("x", Hopeless(), torch.nn.Linear(1, 1), 9, 1e-2, stream, lambda ema: None)
+    with pytest.raises(ValueError, match=r"3 steps in a row .* had clips/2\.mp4"):
+        fit(stage, config, training.Machine(config))
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_a_run(tmp_path, capsys):
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    training.save_picture(Image.new("RGB", (2, 2)), tmp_path / "samples" / "x.png")
+    assert "could not be written" in capsys.readouterr().out
+
+
+def test_the_benchmark_prints_where_the_time_goes(capsys, monkeypatch):
+    from tinydance import benchmark
+
+    monkeypatch.setattr(benchmark, "matmul_peak", lambda machine: 1e12)
+    tiny_train("benchmark")
+    table = capsys.readouterr().out
+    parts = ("| data |", "| VAE |", "| backward |", "| Adam |", "clips/s", "MFU", "peak memory")
+    assert all(part in table for part in parts), table
+
+
+def test_flops_are_counted_as_two_for_each_multiplication_and_addition():
+    from tinydance.benchmark import count_flops
+
+    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
 
 
 def test_the_average_of_the_weights_is_its_formula():
@@ -369,7 +500,8 @@ def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_capt
 
     def stream(first, last):
         for step in range(first, last):
-            yield step, frames[None].repeat(2, 1, 1, 1, 1), [caption] * 2, [2 * step, 2 * step + 1]
+            pair = frames[None].repeat(2, 1, 1, 1, 1)
+            yield Batch(step, pair, [caption] * 2, [2 * step, 2 * step + 1], ["", ""])
 
     config = make_config("toy", **fields)
     objective = DiffusionLoss(model, config)
@@ -386,5 +518,5 @@ def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_capt
 def test_batches_do_not_repeat_between_clip_and_image_steps():
     source = ToyWorld(0, World(16, 4))
     stream = batches(source, 0, 4, 2, single=lambda step: step % 2 == 1, image_batch=3)
-    numbers = [n for _, _, _, ns in stream for n in ns]
+    numbers = [n for batch in stream for n in batch.numbers]
     assert len(set(numbers)) == len(numbers) == 10

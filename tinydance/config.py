@@ -32,6 +32,12 @@ class Config:
     rich: bool = option(False, "the toy world with more shapes, colours and motions, and a camera")
     init: str = option("", "model folder that the video stage starts from: SD 2.1's, "
                        "ModelScope's, ours; or 'shipped', the toy image model")
+    unet: Literal["init", "toy", "small"] = option(
+        "init", "the image stage trains --init's UNet, or a new one of this size"
+    )
+    resume: Literal["auto", "none"] = option(
+        "auto", "go on from the newest whole checkpoint; none: set it aside"
+    )
     out: str = option("runs/toy", "where stages write checkpoints, samples and models")
     seed: int = option(0, "all randomness is a function of it, the step and the sample")
 
@@ -67,6 +73,10 @@ class Config:
     # optimisation
     batch: int = option(192, "clips a step, over all ranks [paper §4.1]", low=1)
     image_batch: int = option(1536, "images an image step [ours: paper silent; 8 x batch]", low=1)
+    micro_batch: int = option(0, "clips at once on a rank, gradients add up; 0: all [ours]")
+    train: Literal["all", "temporal"] = option(
+        "all", "or only what is new: temporal layers and conv_in [Make-Your-Video]"
+    )
     lr: float = option(5e-5, "AdamW's learning rate [ours: paper silent; ModelScope]")
     vae_lr: float = option(1e-4, "of the VAE stage [ours]")
     text_lr: float = option(1e-3, "of the text stage [ours]")
@@ -90,8 +100,10 @@ class Config:
     compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile; auto: on with CUDA"
     )
+    zero: bool = option(False, "each rank keeps a share of Adam's moments [ZeRO, stage 1]")
     gradient_checkpointing: bool = option(False, "less memory for a third more time")
     workers: int = option(4, "processes that read data, on each rank")
+    max_skips: int = option(20, "steps in a row without finite gradients that end a run", low=1)
     save_every: int = option(1000, "steps between checkpoints", low=1)
     sample_every: int = option(2000, "steps between film strips", low=1)
 
@@ -106,36 +118,42 @@ class Config:
                 raise ValueError(f"{f.name} is {value}; use {low} {upper}")
 
 
-# What differs from the paper's run.
+# What differs from the paper's run. paper-hd goes on from a `paper` run [paper §4.1]; small, 104M
+# parameters for one consumer GPU with SD 2.1's VAE and text tower, and toy, for two cores and 80
+# minutes, are ours.
+COLUMNS = ("paper", "paper-hd", "small", "toy")
 PRESETS = {
-    # field               paper           toy [ours]: two cores, 80 min
-    "out":                ("runs/paper",    "runs/toy"),
-    "init":               ("",              "shipped"),
-    "height":             (256,             32),
-    "width":              (256,             32),
-    "beta_schedule":      ("scaled_linear", "linear"),            # ends in noise (1)
-    "beta_start":         (0.00085,         1e-4),
-    "beta_end":           (0.012,           0.03),
-    "prediction_type":    ("epsilon",       "v_prediction"),      # (2)
-    "timestep_spacing":   ("leading",       "trailing"),
-    "steps":              (50,              16),
-    "guidance":           (7.5,             2.0),
-    "eta":                (0.25,            0.6),                 # (3)
-    "cond_noise_t":       (100,             10),                  # (4)
-    "batch":              (192,             8),
-    "image_batch":        (1536,            64),
-    "lr":                 (5e-5,            1e-3),
-    "vae_lr":             (1e-4,            3e-3),
-    "warmup":             (1000,            100),
-    "decay":              (False,           True),
-    "ema":                (0.9999,          0.999),
-    "vae_steps":          (0,               10_000),
-    "text_steps":         (0,               600),
-    "image_steps":        (0,               4500),
-    "video_steps":        (200_000,         9000),
-    "workers":            (4,               0),
-    "save_every":         (1000,            500),
-    "sample_every":       (2000,            1000),
+    "out":              ("runs/paper",    "runs/paper-hd",          "runs/small",    "runs/toy"),
+    "init":             ("",              "runs/paper/video/model", "",              "shipped"),
+    "unet":             ("init",          "init",                   "small",         "toy"),
+    "height":           (256,             320,                      256,             32),
+    "width":            (256,             512,                      256,             32),
+    # (1) ends in noise
+    "beta_schedule":    ("scaled_linear", "scaled_linear",          "scaled_linear", "linear"),
+    "beta_start":       (0.00085,         0.00085,                  0.00085,         1e-4),
+    "beta_end":         (0.012,           0.012,                    0.012,           0.03),
+    # (2)
+    "prediction_type":  ("epsilon",       "epsilon",                "v_prediction",  "v_prediction"),
+    "timestep_spacing": ("leading",       "leading",                "trailing",      "trailing"),
+    "steps":            (50,              50,                       50,              16),
+    "guidance":         (7.5,             7.5,                      7.5,             2.0),
+    "eta":              (0.25,            0.25,                     0.25,            0.6),  # (3)
+    "cond_noise_t":     (100,             100,                      100,             10),  # (4)
+    "batch":            (192,             192,                      16,              8),
+    "micro_batch":      (0,               0,                        4,               0),
+    "image_batch":      (1536,            1536,                     128,             64),
+    "lr":               (5e-5,            5e-5,                     1e-4,            1e-3),
+    "vae_lr":           (1e-4,            1e-4,                     1e-4,            3e-3),
+    "warmup":           (1000,            1000,                     1000,            100),
+    "decay":            (False,           False,                    True,            True),
+    "ema":              (0.9999,          0.9999,                   0.9999,          0.999),
+    "vae_steps":        (0,               0,                        0,               10_000),
+    "text_steps":       (0,               0,                        0,               600),
+    "image_steps":      (0,               0,                        100_000,         4500),
+    "video_steps":      (200_000,         50_000,                   100_000,         9000),
+    "workers":          (4,               4,                        4,               0),
+    "save_every":       (1000,            1000,                     1000,            500),
+    "sample_every":     (2000,            2000,                     2000,            1000),
 }  # fmt: skip
 # (1) SD's schedule leaves sqrt(alpha_bar_T) = 0.068 of the signal: over a clip of small latents,
 #     enough to read from z_T where things will be, and to learn nothing from first frame and text.
@@ -144,7 +162,6 @@ PRESETS = {
 # (3) The last frame tells how a toy clip ends, so text is needed only where it is dropped.
 # (4) Under the paper's noise an 8x8 latent decodes at 24 dB: a picture as small as that says each
 #     thing but once, and a first frame could not be kept. These 10 steps leave 37 dB.
-COLUMNS = ("paper", "toy")
 
 
 def make_config(preset: str = "toy", **given) -> Config:
@@ -233,15 +250,23 @@ def run_main(main) -> None:
     """Run a script's main(); what the user gave wrongly ends it in one line and exit code 2."""
     try:
         main()
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun, every process finds the same
             print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 # How the networks are shaped: arguments of UNet, VAE and TextTower, in the words of the hub's
-# config files. The paper's preset reads them from --init instead.
+# config files.
 NETWORKS = {
+    "small": {
+        "unet": {
+            "block_out_channels": (128, 256, 384, 384),
+            "layers_per_block": 1,
+            "attention_head_dim": 64,
+            "cross_attention_dim": 1024,
+        },
+    },
     "toy": {
         "unet": {
             "block_out_channels": (64, 128),

@@ -177,13 +177,18 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # Batches
 
-Batch = tuple[int, torch.Tensor, list[str], list[int]]
+class Batch(NamedTuple):
+    step: int
+    frames: torch.Tensor  # uint8 (b, f, 3, H, W)
+    captions: list[str]
+    numbers: list[int]    # the samples' numbers
+    names: list[str]      # where they come from
 
 
 def batches(source, first_step: int, last_step: int, global_batch: int, rank: int = 0,
             world_size: int = 1, workers: int = 0, single: Callable[[int], bool] | None = None,
             image_batch: int | None = None) -> Iterator[Batch]:
-    """Yield (step, frames, captions, numbers): this rank's share of first_step <= step < last_step.
+    """Yield this rank's share of each batch of first_step <= step < last_step.
 
     frames: uint8 (b, f, 3, H, W) on the CPU; made float on the device, they travel as a quarter.
     Slot j of a share is sample number n = step * global_batch + rank * b + j.
@@ -203,7 +208,8 @@ def batches(source, first_step: int, last_step: int, global_batch: int, rank: in
             yield dataset[step][0]
         return
     loader = DataLoader(dataset, sampler=steps, batch_size=None, num_workers=workers,
-                        collate_fn=_as_it_is, worker_init_fn=_ignore_signals, timeout=300)
+                        collate_fn=_as_it_is, worker_init_fn=_ignore_signals, timeout=300,
+                        pin_memory=torch.cuda.is_available())
     for batch, counts in loader:
         source.counts.update(counts)  # the workers' copies of the source have counted
         yield batch
@@ -225,7 +231,8 @@ class _Steps(Dataset):
         clips = [self.source.frame(n) if images else self.source.clip(n) for n in numbers]
         frames = torch.stack([clip.frames for clip in clips])
         new = self.source.counts - before
-        return (step, frames, [clip.caption for clip in clips], numbers), new
+        captions, names = [clip.caption for clip in clips], [clip.name for clip in clips]
+        return Batch(step, frames, captions, numbers, names), new
 
 
 def _as_it_is(batch):

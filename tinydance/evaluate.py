@@ -39,7 +39,7 @@ from tinydance.toyworld import (
     render,
     sample_scene,
 )
-from tinydance.training import show_clips
+from tinydance.stages import show_clips
 from tinydance.video import film_strip, to_frames, to_pixels
 
 HIDDEN_SEED = 1_000_003_000  # of the evaluation's clips; training seeds are small numbers

@@ -1,59 +1,41 @@
 """Training: the diffusion loss under PixelDance's three instructions, and the loop that lowers it.
 
-`DiffusionLoss.forward` is section 3.2 of the paper in one straight line. `fit` is the loop of every
-stage; `train` chains the stages, which are those of the real pipeline made small:
+`DiffusionLoss.forward` is section 3.2 of the paper in one straight line. `fit` is the loop, on a
+laptop and under torchrun on many machines the same; what it trains is a `Stage`, and `stages.py`
+has those of the real pipeline.
 
-    vae    pictures to latents          (the paper takes Stable Diffusion's, frozen)
-    text   captions to c_text           (the paper takes CLIP's, frozen)
-    image  the spatial layers as text-to-image on single frames (the paper: Stable Diffusion's UNet)
-    video  everything, clips with an image step every 8th       (this is the paper)
-
-Read before: `unet.py`. Read after: `train.py`, then `vae.py` and `clip.py`.
-Not here: gradient accumulation, sharded optimizers, latents cached on disk.
+Read before: `unet.py`. Read after: `checkpoints.py`, `stages.py`, `train.py`.
+Not here: latents cached on disk; weights sharded over devices (the optimizer's state can be).
 """
 
+import contextlib
 import copy
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from tinydance.clip import ContrastiveLoss, TextTower, Tokenizer, build_vocabulary
+from tinydance.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image
-from tinydance.config import (
-    NETWORKS,
-    Config,
-    autocast,
-    choose_device,
-    choose_dtype,
-    describe,
-)
-from tinydance.data import Source, batches, open_source
-from tinydance.model import SHIPPED_IMAGE, ClipSettings, PixelDance
+from tinydance.config import Config, autocast, choose_device, choose_dtype
+from tinydance.data import Batch
+from tinydance.model import PixelDance
 from tinydance.noise import draw, generator
-from tinydance.sampling import sample_frames
-from tinydance.schedulers import Schedule, add_noise, target
-from tinydance.unet import UNet
-from tinydance.vae import VAE, ReconstructionLoss
-from tinydance.video import film_strip, to_frames, to_pixels
-
-STAGES = ("vae", "text", "image", "video")
-HELD_OUT = 1_000_003  # added to the seed of the clips that are shown and never trained on
-KEPT_CHECKPOINTS = 2
+from tinydance.schedulers import add_noise, target
+from tinydance.video import to_pixels
 
 
 # ------------------------------------------------------------------------------------- the loss
@@ -111,11 +93,41 @@ class Machine:
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
         self.dtype = choose_dtype(config.dtype, kind)
         self.compile = config.compile == "on" or (config.compile == "auto" and kind == "cuda")
+        self.compile = self.compile and compiler_works(self.device)
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
 
     def autocast(self):
         return autocast(self.device.type, self.dtype)
+
+    # --- scale: the same step, compiled, on many devices
+    def optimizer(self, objective: nn.Module, lr: float, config: Config) -> torch.optim.Optimizer:
+        """AdamW; with --zero, its two moments of a weight live on one rank only [ZeRO, stage 1]."""
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        settings = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
+        if config.zero and self.world_size > 1:
+            return ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **settings)
+        return torch.optim.AdamW(trained, **settings)
+
+    def gather(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring sharded moments to rank 0, which saves."""
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            optimizer.consolidate_state_dict(to=0)
+
+    def distribute(self, objective: nn.Module, trained: nn.Module) -> nn.Module:
+        """Compile the trained part, and average gradients over the ranks after each backward."""
+        if self.compile:
+            # In place: names keep no prefix, and the averaged copy stays uncompiled. Not dynamic:
+            # one graph for clips, one for images.
+            trained.compile(dynamic=False)
+        if self.world_size == 1:
+            return objective
+        # An image step does not reach the temporal layers: without the search for unused
+        # parameters the ranks would part in silence; with it those gradients stay None. On the
+        # first clip step torch warns once that it found none: harmless.
+        return DistributedDataParallel(
+            objective, find_unused_parameters=True, gradient_as_bucket_view=True
+        )
 
     def mean(self, *values: float) -> list[float]:
         """The mean over all ranks of each value."""
@@ -134,49 +146,15 @@ class Machine:
             dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------- checkpoints
-def save_checkpoint(folder: Path, step: int, state: dict) -> None:
-    """Write folder/step_N/state.pt whole or not at all, then drop the oldest.
-
-    A crash leaves an unfinished folder of another name, which nobody reads.
-    """
-    final, unfinished = folder / f"step_{step:08d}", folder / f"unfinished_{step:08d}"
-    if final.exists():
-        return
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    with open(unfinished / "state.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, final)
-    for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints there are, the oldest first."""
-    return sorted(folder.glob("step_*"))
-
-
-# Fields that may differ when a run goes on: where and how fast, not what.
-FREE = {"out", "init", "steps", "guidance", "device", "dtype", "compile",
-        "gradient_checkpointing", "workers", "save_every", "sample_every", "vae_steps",
-        "text_steps", "image_steps", "video_steps"}  # fmt: skip
-
-
-def check_same(config: Config, saved: dict, path: Path) -> None:
-    now = asdict(config)
-    changed = [
-        f"{name} was {saved[name]} and is {now[name]}"
-        for name in now
-        if name not in FREE and name in saved and saved[name] != now[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} was trained with other choices: {'; '.join(changed)}. "
-            "Use those, or another --out"
-        )
+def compiler_works(device: torch.device) -> bool:
+    """Try torch.compile on a sum; where it cannot, one line says so."""
+    try:
+        torch.compile(lambda x: x + x)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = str(error).strip().splitlines()[0]
+        print(f"note: torch.compile does not work here ({reason}): going on without", flush=True)
+        return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -204,9 +182,10 @@ class Stage:
     trained: nn.Module  # the part of it that is kept
     steps: int
     lr: float
-    stream: Callable[[int, int], object]  # (first, last) -> this rank's batches of these steps
+    stream: Callable[[int, int], Iterable[Batch]]  # (first, last) -> this rank's batches of these
     publish: Callable[[nn.Module], None]  # write the model folder from the averaged weights
     show: Callable[[nn.Module], object] = lambda ema: None  # a picture of what they can do
+    divisible: bool = True  # is the loss of a batch the mean of its samples' losses?
 
 
 def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
@@ -214,64 +193,46 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
 
     A run that stopped and goes on equals a straight one: every random number is a function of
     (seed, step, sample), so a step needs no more than the weights, their averages and Adam's state.
-    Raises Interrupted after SIGTERM, SIGUSR1 or Ctrl-C, saved at the current step.
+    Raises Interrupted after SIGTERM, SIGUSR1 or Ctrl-C, saved at the current step; ValueError
+    after `max_skips` steps in a row whose gradients are not finite; OSError where the disk is full.
     """
     objective, trained, steps = stage.objective, stage.trained, stage.steps
     folder = Path(config.out) / stage.name
     objective.to(machine.device).train()
     ema = copy.deepcopy(trained).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        [p for p in objective.parameters() if p.requires_grad],
-        lr=stage.lr, weight_decay=config.weight_decay, fused=True,
-    )  # fmt: skip
-    start = 0
-    if saved := checkpoints(folder / "checkpoints"):
-        state = torch.load(saved[-1] / "state.pt", map_location="cpu", weights_only=True)
-        check_same(config, state["config"], saved[-1])
-        objective.load_state_dict(state["objective"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    optimizer = machine.optimizer(objective, stage.lr, config)
+    start = resume(folder / "checkpoints", config, objective, ema, optimizer)
     if start >= steps:
         return ema
+    step_loss = machine.distribute(objective, trained)
 
-    # --- scale: the same step, compiled, on many devices
-    if machine.compile:
-        trained.compile()  # in place: names keep no prefix; `ema` stays uncompiled
-    step_loss = objective
-    if machine.world_size > 1:
-        # An image step does not reach the temporal layers: without the search for unused
-        # parameters the ranks would part in silence; with it those gradients stay None. On the
-        # first clip step torch warns once that it found none: harmless.
-        step_loss = DistributedDataParallel(
-            objective, find_unused_parameters=stage.name in ("image", "video")
-        )
-
-    stop = StopSignal()
+    stop, skipped = StopSignal(), 0
     log = Log(stage.name, folder, start, steps) if machine.rank == 0 else None
-    for step, frames, captions, numbers in stage.stream(start, steps):
-        dropout = generator("dropout", config.seed, step, machine.rank)
+    for waited, batch in timed(stage.stream(start, steps)):
+        step, dropout = batch.step, generator("dropout", config.seed, batch.step, machine.rank)
         torch.manual_seed(dropout.initial_seed())
         rate = learning_rate(step, steps, stage.lr, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        pixels = to_pixels(frames.to(machine.device, non_blocking=True))
         # ------------------------------------------------------------------ the step
-        with machine.autocast():
-            loss = step_loss(pixels, captions, numbers)
         optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW leaves what has no gradient
-        loss.backward()
+        loss = backward(step_loss, batch, micro_batch(stage, batch, config, machine), machine)
         norm = nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad)
         if torch.isfinite(norm):  # the same on all ranks: the gradients are
             optimizer.step()
         update_ema(ema, trained, step, config.ema)
         # ---------------------------------------------------------------------------
-        mean_loss, stopping = machine.mean(loss.item(), float(stop.asked))
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        loss, waited, stopping = machine.mean(loss, waited, float(stop.asked))
         done = step + 1
         last = done == steps or stopping > 0
         if log:
-            log.step(done, mean_loss, float(norm), rate, images=frames.shape[1] == 1)
+            log.step(done, loss, float(norm), rate, waited, images=batch.frames.shape[1] == 1)
+        if skipped == config.max_skips:
+            raise ValueError(f"{skipped} steps in a row without finite gradients; "
+                             f"the last, {done}, had {', '.join(batch.names)}")  # fmt: skip
         if done % config.save_every == 0 or last:
+            machine.gather(optimizer)
             if machine.rank == 0:
                 state = {
                     "step": done, "config": asdict(config), "objective": objective.state_dict(),
@@ -281,9 +242,8 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
                 stage.publish(ema)
             machine.wait()
         if done % config.sample_every == 0 or last:
-            if machine.rank == 0 and (picture := stage.show(ema)):
-                (folder / "samples").mkdir(exist_ok=True)
-                picture.save(folder / "samples" / f"step_{done:08d}.png")
+            if machine.rank == 0:
+                save_picture(stage.show(ema), folder / "samples" / f"step_{done:08d}.png")
             machine.wait()
         if stopping:
             break
@@ -293,6 +253,85 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
     if stopping and done < steps:
         raise Interrupted(f"stopped at step {done} of {steps} of stage {stage.name}, and saved")
     return ema
+
+
+def backward(step_loss: nn.Module, batch: Batch, micro: int, machine: Machine) -> float:
+    """Leave the gradients of this rank's mean loss, `micro` samples at a time; -> that loss.
+
+    Gradients add up, so that many small passes equal a large one; only the last speaks to the
+    other ranks.
+    """
+    count, total = len(batch.captions), 0.0
+    for i in range(0, count, micro):
+        part, more = slice(i, i + micro), i + micro < count
+        pixels = to_pixels(batch.frames[part].to(machine.device, non_blocking=True))
+        alone = step_loss.no_sync() if more and machine.world_size > 1 else contextlib.nullcontext()
+        with alone:
+            with machine.autocast():
+                loss = step_loss(pixels, batch.captions[part], batch.numbers[part])
+            share = loss * (len(pixels) / count)
+            share.backward()
+        total += share.item()
+    return total
+
+
+def micro_batch(stage: Stage, batch: Batch, config: Config, machine: Machine) -> int:
+    """How many of this rank's samples go through the network at once; of images, more."""
+    count = len(batch.captions)
+    if config.micro_batch == 0 or not stage.divisible:
+        return count
+    return max(1, count * config.micro_batch * machine.world_size // config.batch)
+
+
+def timed(items: Iterable) -> Iterator[tuple[float, object]]:
+    """Each item, with the seconds that it was waited for."""
+    iterator, begun = iter(items), time.perf_counter()
+    for item in iterator:
+        yield time.perf_counter() - begun, item
+        begun = time.perf_counter()
+
+
+# Fields that may differ when a run goes on: where and how fast, not what.
+FREE = {"out", "init", "steps", "guidance", "device", "dtype", "compile", "micro_batch", "zero",
+        "gradient_checkpointing", "workers", "save_every", "sample_every", "max_skips", "vae_steps",
+        "text_steps", "image_steps", "video_steps"}  # fmt: skip
+
+
+def resume(folder: Path, config: Config, objective: nn.Module, ema: nn.Module, optimizer) -> int:
+    """Fill the three from the newest whole checkpoint -> its step, or 0 where there is none.
+
+    Raises ValueError naming the fields in which its configuration is another.
+    """
+    path = newest_checkpoint(folder) if config.resume == "auto" else None
+    if path is None:
+        return 0
+    state, now = load_checkpoint(path), asdict(config)
+    saved = state["config"]
+    changed = [
+        f"{name} was {saved[name]} and is {now[name]}"
+        for name in now
+        if name not in FREE and name in saved and saved[name] != now[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} was trained with other choices: {'; '.join(changed)}. "
+            "Use those, or another --out"
+        )
+    objective.load_state_dict(state["objective"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def save_picture(picture, path: Path) -> None:
+    """A sample that cannot be written is no reason to lose a run."""
+    if picture is None:
+        return
+    try:
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        print(f"note: {path} could not be written: {error}", flush=True)
 
 
 class Interrupted(Exception):
@@ -336,16 +375,21 @@ class Log:
             total=steps, initial=start, desc=stage, disable=not sys.stderr.isatty(), unit="step",
         )  # fmt: skip
         self.begun = self.shown = time.time()
-        self.smooth = None
+        self.smooth, self.waited, self.skipped = math.nan, 0.0, 0
 
-    def step(self, done: int, loss: float, norm: float, rate: float, images: bool) -> None:
+    def step(self, done, loss, norm, rate, waited: float, images: bool) -> None:
+        """waited: seconds of this step that went by until its data were there."""
         kind, seconds = "image" if images else "clip", time.time() - self.begun
         record = {"step": done, "loss": loss, "grad_norm": norm, "lr": rate, "kind": kind}
-        record |= {"seconds": seconds, "skipped": not math.isfinite(norm)}
+        record |= {"seconds": seconds, "waited": waited, "skipped": not math.isfinite(norm)}
+        self.waited, self.skipped = self.waited + waited, self.skipped + record["skipped"]
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
-        self.bar.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{rate:.1e}", refresh=False)
+        if math.isfinite(loss):
+            self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
+        data = self.waited / max(seconds, 1e-9)
+        self.bar.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{rate:.1e}", data=f"{data:.0%}",
+                             skipped=self.skipped, refresh=False)  # fmt: skip
         self.bar.update()
         now = time.time()
         if self.bar.disable and (now - self.shown > self.EVERY or done == self.steps):
@@ -353,226 +397,9 @@ class Log:
             pace = (done - self.start) / (now - self.begun)
             left = (self.steps - done) / pace / 60
             print(f"{self.stage} {done}/{self.steps}  loss {self.smooth:.4f}  lr {rate:.1e}  "
-                  f"{pace:.2f} steps/s  {left:.1f} min left", flush=True)  # fmt: skip
+                  f"{pace:.2f} steps/s  data {data:.0%}  skipped {self.skipped}  "
+                  f"{left:.1f} min left", flush=True)  # fmt: skip
 
     def close(self) -> None:
         self.bar.close()
         self.file.close()
-
-
-# --------------------------------------------------------------------------------------- the stages
-def train(config: Config, stage: str = "all") -> None:
-    """Run one stage, or every stage that is not there yet, each from what the ones before left."""
-    machine = Machine(config)
-    if machine.rank == 0:
-        print(f"tinydance on {machine.world_size} x {machine.device}, {machine.dtype}")
-        print(describe(config), flush=True)
-    size = config.height, config.width
-    source, held_out = (
-        open_source(config.data, config.frames, config.fps, size, seed, config.rich)
-        for seed in (config.seed, config.seed + HELD_OUT)
-    )
-    if stage == "all":
-        # With --init, everything before the video stage is there already.
-        chosen = ["video"] if config.init else [n for n in STAGES if getattr(config, f"{n}_steps")]
-    else:
-        chosen = [stage]
-    for name in chosen:
-        try:
-            fit(BUILD[name](config, machine, source, held_out), config, machine)
-        except Interrupted as message:
-            if machine.rank == 0:
-                print(f"{message}: the same command goes on from there")
-            break
-        machine.wait()
-    machine.close()
-
-
-def part_folder(config: Config, part: str) -> Path:
-    """The folder of a part that an earlier stage of this run trained, or else of --init."""
-    stage = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}[part]
-    folder = Path(config.out) / stage / "model" / part
-    if folder.exists():
-        return folder
-    if config.init:
-        init = SHIPPED_IMAGE if config.init == "shipped" else Path(config.init)
-        if config.init == "shipped" and (Path(config.out) / "vae" / "model").exists():
-            raise ValueError(f"{config.out} has a VAE of its own, whose latents the shipped image "
-                             "model does not know: add --from-scratch")  # fmt: skip
-        folder = init / part
-    elif getattr(config, f"{stage}_steps") == 0:
-        raise ValueError(f"preset {config.preset} starts from a trained {part}: give --init "
-                         "FOLDER, a model folder such as Stable Diffusion 2.1's")  # fmt: skip
-    if not folder.exists():
-        raise ValueError(f"{folder} is missing: run --stage {stage} first, or no --stage for all")
-    return folder
-
-
-def read_schedule(folder: Path) -> Schedule | None:
-    """The schedule that a model folder was trained under, where it says."""
-    there = (folder / "scheduler" / "scheduler_config.json").is_file()
-    return Schedule.from_folder(folder / "scheduler") if there else None
-
-
-def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
-    """The autoencoder, on single frames."""
-    torch.manual_seed(config.seed)
-    vae = VAE(**NETWORKS["toy"]["vae"])
-    folder = Path(config.out) / "vae"
-
-    def stream(first: int, last: int):
-        return batches(source, first, last, config.batch, machine.rank, machine.world_size,
-                       config.workers, single=lambda step: True)  # fmt: skip
-
-    def pixels(count: int) -> Tensor:
-        frames = [held_out.frame(n).frames for n in range(count)]
-        return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
-
-    def publish(ema: VAE) -> None:
-        vae = copy.deepcopy(ema)  # training goes on without
-        vae.whiten(pixels(256).flatten(0, 1))
-        vae.save(folder / "model" / "vae")
-
-    def show(ema: VAE):
-        x = pixels(16)
-        y = ema.decode_video(ema.encode_video(x))
-        rows = [to_frames(v[:, 0].clamp(-1, 1)) for v in (x, y)]
-        titles = ["frames", f"through the VAE, {psnr(x, y):.1f} dB"]
-        return film_strip(rows, titles)
-
-    objective = ReconstructionLoss(vae, config.seed)
-    return Stage("vae", objective, vae, config.vae_steps, config.vae_lr, stream, publish, show)
-
-
-def text_stage(config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
-    """The tokenizer's vocabulary from the captions' words; the tower against clips, as CLIP's."""
-    torch.manual_seed(config.seed)
-    tokenizer = build_vocabulary(
-        source.words(), length=NETWORKS["toy"]["text"]["max_position_embeddings"]
-    )
-    tower = TextTower(
-        vocab_size=len(tokenizer.vocab), bos_token_id=tokenizer.start_id,
-        eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id, **NETWORKS["toy"]["text"],
-    )  # fmt: skip
-    # CLIP's words start 0.02 apart and have 400 million pairs to part them. Here rarely telling
-    # pairs, such as circle and square, would stay one word: they start far apart. [ours]
-    nn.init.normal_(tower.text_model["embeddings"]["token_embedding"].weight, std=0.5)
-    folder = Path(config.out) / "text"
-
-    def stream(first: int, last: int):
-        return batches(source, first, last, config.image_batch, machine.rank, machine.world_size,
-                       config.workers)  # fmt: skip
-
-    def publish(ema: TextTower) -> None:
-        tokenizer.save(folder / "model" / "tokenizer")
-        ema.save(folder / "model" / "text_encoder")
-
-    objective = ContrastiveLoss(tower, tokenizer)
-    return Stage("text", objective, tower, config.text_steps, config.text_lr, stream, publish)
-
-
-def unet_stage(
-    name: str, config: Config, machine: Machine, source: Source, held_out: Source
-) -> Stage:
-    """The UNet: as text-to-image on single frames, or on clips with images every so often."""
-    torch.manual_seed(config.seed)
-    if name == "image" and not config.init:
-        unet = UNet(**NETWORKS["toy"]["unet"])
-    else:
-        folder = part_folder(config, "unet")
-        unet = UNet.from_folder(folder)
-        before = read_schedule(folder.parent)
-        if machine.rank == 0 and before and before.prediction_type != config.prediction_type:
-            print(f"note: the UNet in {folder} learnt to predict {before.prediction_type}, "
-                  f"this run {config.prediction_type}")  # fmt: skip
-    unet.gradient_checkpointing = config.gradient_checkpointing
-    fields = Schedule.__dataclass_fields__
-    chosen = {name: value for name, value in asdict(config).items() if name in fields}
-    model = PixelDance(
-        unet=unet,
-        vae=VAE.from_folder(part_folder(config, "vae")).requires_grad_(False).eval(),
-        text_tower=TextTower.from_folder(part_folder(config, "text_encoder"))
-        .requires_grad_(False)
-        .eval(),
-        tokenizer=Tokenizer.from_folder(part_folder(config, "tokenizer")),
-        schedule=Schedule(**chosen),
-        settings=ClipSettings(
-            frames=config.frames if name == "video" else 1, fps=config.fps, height=config.height,
-            width=config.width, cond_noise_t=config.cond_noise_t, steps=config.steps,
-            guidance=config.guidance,
-        ),
-    ).to(machine.device)  # fmt: skip
-    model.latent_size(config.height, config.width)  # raises before anything is trained
-    folder = Path(config.out) / name
-
-    def is_image_step(step: int) -> bool:
-        every = config.image_every
-        return name == "image" or (every > 0 and step % every == every - 1)
-
-    def stream(first: int, last: int):
-        return batches(
-            source, first, last, config.batch, machine.rank, machine.world_size, config.workers,
-            single=is_image_step, image_batch=config.image_batch,
-        )  # fmt: skip
-
-    def with_unet(ema: UNet) -> PixelDance:
-        parts = vars(model) | {"unet": ema}
-        return PixelDance(**parts)
-
-    def publish(ema: UNet) -> None:
-        with_unet(ema).save(folder / "model", spatial=name == "image")
-
-    def show(ema: UNet):
-        strip = show_images if name == "image" else show_clips
-        with machine.autocast():
-            return strip(with_unet(ema), held_out, config.seed)
-
-    if machine.rank == 0:
-        count = sum(p.numel() for p in unet.parameters())
-        print(f"stage {name}: a UNet of {count:,} parameters", flush=True)
-    steps = config.image_steps if name == "image" else config.video_steps
-    objective = DiffusionLoss(model, config)
-    return Stage(name, objective, unet, steps, config.lr, stream, publish, show)
-
-
-BUILD: dict[str, Callable[..., Stage]] = {
-    "vae": vae_stage,
-    "text": text_stage,
-    "image": partial(unet_stage, "image"),
-    "video": partial(unet_stage, "video"),
-}
-
-
-# ------------------------------------------------------------------------------------- the pictures
-def show_images(model: PixelDance, held_out: Source, seed: int):
-    """A sheet of single frames: a row of eight seeds for each of six held-out captions."""
-    captions = [held_out.clip(n).caption for n in range(6)]
-    frames = to_frames(sample_frames(model, captions * 8, frames=1, seed=seed))
-    rows = frames.unflatten(0, (8, 6)).transpose(0, 1).flatten(1, 2)  # (8 6) 1 -> 6 8
-    return film_strip(list(rows), captions)
-
-
-def show_clips(model: PixelDance, held_out: Source, seed: int, count: int = 3, **settings):
-    """Held-out captions, each from text alone, with the first frame, with the last one as well."""
-    clips = [held_out.clip(n) for n in range(count)]
-    captions = [clip.caption for clip in clips]
-    pixels = to_pixels(torch.stack([clip.frames for clip in clips])).to(model.device)
-    first, last = pixels[:, 0], pixels[:, -1]
-    given = {"text": (None, None), "text, first": (first, None), "text, first, last": (first, last)}
-    rows, titles, firsts, lasts = [], [], [], []
-    made = {
-        name: to_frames(sample_frames(model, captions, *frames, seed=seed, **settings))
-        for name, frames in given.items()
-    }
-    for n, caption in enumerate(captions):
-        for name, (I_first, I_last) in given.items():
-            rows.append(made[name][n])
-            titles.append(f"{caption} ({name})")
-            firsts.append(None if I_first is None else clips[n].frames[0])
-            lasts.append(None if I_last is None else clips[n].frames[-1])
-    return film_strip(rows, titles, first=firsts, last=lasts)
-
-
-def psnr(x: Tensor, y: Tensor) -> float:
-    """Peak signal-to-noise ratio of pixels in [-1, 1], in dB."""
-    return float(10 * torch.log10(4 / F.mse_loss(y.clamp(-1, 1), x)))

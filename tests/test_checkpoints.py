@@ -1,0 +1,119 @@
+"""A checkpoint is whole or does not count, whatever happens while it is written."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+from tinydance.checkpoints import (
+    checkpoints,
+    is_whole,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+
+
+def state(step, size=10):
+    return {"step": step, "weights": torch.full((size,), float(step))}
+
+
+def save(folder, *steps, size=10):
+    for step in steps:
+        save_checkpoint(folder, step, state(step, size))
+
+
+def test_the_newest_is_read_back_and_two_are_kept(tmp_path):
+    save(tmp_path, 10, 20, 30)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000020", "step_00000030"]
+    loaded = load_checkpoint(newest_checkpoint(tmp_path))
+    assert loaded["step"] == 30 and torch.equal(loaded["weights"], torch.full((10,), 30.0))
+    manifest = json.loads((tmp_path / "step_00000030" / "manifest.json").read_text())
+    assert set(manifest) == {"state.pt"}
+
+
+def flip_a_byte(path):
+    data = bytearray((path / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1  # torch.load would not notice it in a tensor
+    (path / "state.pt").write_bytes(data)
+
+
+def cut(path):
+    os.truncate(path / "state.pt", 100)
+
+
+def empty(path):
+    (path / "state.pt").write_bytes(b"")
+
+
+def lose_the_manifest(path):
+    (path / "manifest.json").unlink()
+
+
+def garble_the_manifest(path):
+    (path / "manifest.json").write_text("[1")
+
+
+def lose_the_state(path):
+    (path / "state.pt").unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut, empty, lose_the_manifest,
+                                    garble_the_manifest, lose_the_state])  # fmt: skip
+def test_a_damaged_checkpoint_is_passed_over_and_written_anew(tmp_path, capsys, damage):
+    save(tmp_path, 10, 20)
+    damage(tmp_path / "step_00000020")
+    assert newest_checkpoint(tmp_path).name == "step_00000010"
+    assert "step_00000020 is damaged or unfinished" in capsys.readouterr().out
+    save(tmp_path, 20)
+    assert newest_checkpoint(tmp_path).name == "step_00000020"
+
+
+def test_without_any_there_is_none(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+
+
+def save_forever(folder):
+    for step in range(1, 10**6):
+        save(folder, step, size=300_000)
+
+
+def test_killed_at_any_moment_a_whole_checkpoint_is_there(tmp_path):
+    """kill -9, at twenty different moments of writing."""
+    save(tmp_path, 0)
+    fork = multiprocessing.get_context("fork")
+    for k in range(20):
+        process = fork.Process(target=save_forever, args=(tmp_path,))
+        process.start()
+        time.sleep(0.02 + 0.003 * k)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        loaded = load_checkpoint(newest_checkpoint(tmp_path))
+        assert torch.equal(loaded["weights"], torch.full_like(loaded["weights"], loaded["step"]))
+
+
+def save_on_a_full_disk(folder, answers):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        save(folder, 20, size=300_000)
+    except OSError as error:
+        answers.put(str(error))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    save(tmp_path, 10)
+    fork = multiprocessing.get_context("fork")
+    answers = fork.Queue()
+    process = fork.Process(target=save_on_a_full_disk, args=(tmp_path, answers))
+    process.start()
+    message = answers.get(timeout=30)
+    process.join()
+    assert "step_00000020: cannot be written" in message and "File too large" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
+    assert is_whole(tmp_path / "step_00000010")
