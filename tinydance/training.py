@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -106,12 +105,14 @@ class Machine:
         trained = [p for p in objective.parameters() if p.requires_grad]
         settings = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
         if config.zero and self.world_size > 1:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
+
             return ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **settings)
         return torch.optim.AdamW(trained, **settings)
 
     def gather(self, optimizer: torch.optim.Optimizer) -> None:
         """Bring sharded moments to rank 0, which saves."""
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
+        if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.consolidate_state_dict(to=0)
 
     def distribute(self, objective: nn.Module, trained: nn.Module) -> nn.Module:
