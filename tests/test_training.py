@@ -381,27 +381,32 @@ def test_sigterm_saves_at_the_current_step_and_leaves_with_zero(straight, tmp_pa
     assert newest(tmp_path)["step"] == log(tmp_path)[-1]["step"] >= 3
 
 
+class OneWeight(torch.nn.Module):
+    """A loss whose gradient is factor(number of the sample)."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.weight, self.factor = torch.nn.Parameter(torch.ones(2)), factor
+
+    def forward(self, pixels, captions, numbers):
+        return self.weight.sum() * self.factor(numbers[0])
+
+
+def black_frames(first, last):
+    for step in range(first, last):
+        frames = torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8)
+        yield Batch(step, frames, [""], [step], [f"clips/{step}.mp4"])
+
+
 def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
-    class Poisoned(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(2))
-
-        def forward(self, pixels, captions, numbers):
-            return self.weight.sum() * (float("nan") if numbers[0] == 1 else 1.0)
-
-    def stream(first, last):
-        for step in range(first, last):
-            frames = torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8)
-            yield Batch(step, frames, [""], [step], [f"sample {step}"])
-
     fields = FIELDS | {"out": str(tmp_path), "decay": False, "save_every": 1}
-    config, objective, weights = make_config("toy", **fields), Poisoned(), []
+    config, weights = make_config("toy", **fields), []
+    objective = OneWeight(lambda number: float("nan") if number == 1 else 1.0)
 
     def publish(ema):
         weights.append(objective.weight.detach().clone())
 
-    stage = Stage("x", objective, objective, 3, 1e-2, stream, publish)
+    stage = Stage("x", objective, objective, 3, 1e-2, black_frames, publish)
     fit(stage, config, training.Machine(config))
     assert [line["skipped"] for line in log(tmp_path, "x")] == [False, True, False]
     assert not torch.equal(weights[0], torch.ones(2)) and torch.equal(weights[0], weights[1])
@@ -409,21 +414,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
 
 
 def test_a_run_whose_gradients_stay_infinite_ends_with_the_samples_names(tmp_path):
-    class Hopeless(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(2))
-
-        def forward(self, pixels, captions, numbers):
-            return self.weight.sum() * float("inf")
-
-    def stream(first, last):
-        for step in range(first, last):
-            frames = torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8)
-            yield Batch(step, frames, [""], [step], [f"clips/{step}.mp4"])
-
     config = make_config("toy", **(FIELDS | {"out": str(tmp_path), "max_skips": 3}))
-    stage = Stage("x", Hopeless(), torch.nn.Linear(1, 1), 9, 1e-2, stream, lambda ema: None)
+    objective = OneWeight(lambda number: float("inf"))
+    stage = Stage("x", objective, objective, 9, 1e-2, black_frames, lambda ema: None)
     with pytest.raises(ValueError, match=r"3 steps in a row .* had clips/2\.mp4"):
         fit(stage, config, training.Machine(config))
 
