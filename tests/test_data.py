@@ -71,11 +71,12 @@ def test_the_toy_world_is_endless_and_a_function_of_seed_and_number():
     assert not same(clip, ToyWorld(4).clip(10**12)) and not same(clip, source.clip(10**12 + 1))
 
 
-def test_the_toy_worlds_single_frames_come_from_the_whole_clip_whatever_is_in_it():
+def test_the_toy_worlds_images_are_first_frames_and_the_vaes_come_from_the_whole_clip():
     source = ToyWorld(0)
     seen = Counter()
     for n in range(400):
-        clip, frame = source.clip(n), source.frame(n)
+        clip, frame, first = source.clip(n), source.any_frame(n), source.frame(n)
+        assert torch.equal(first.frames, clip.frames[:1]) and first[1:] == clip[1:]
         assert frame.frames.shape[0] == 1 and frame[1:] == clip[1:]
         k = [torch.equal(picture, frame.frames[0]) for picture in clip.frames].index(True)
         seen[clip.caption.split()[2], k * 2 // source.frames] += 1
@@ -219,6 +220,15 @@ def test_batches_have_the_promised_shapes_and_numbers():
         assert torch.equal(frames[1], read(shown[1]).frames)
         assert captions[1] == read(shown[1]).caption
     assert step == 8
+
+
+def test_batches_of_any_frame_are_not_those_that_clips_begin_with():
+    source = ToyWorld(0)
+    how = dict(global_batch=16, single=lambda step: True)
+    (_, first, *_), = batches(source, 0, 1, **how)
+    (_, any_time, *_), = batches(source, 0, 1, **how, any_frame=True)
+    assert not torch.equal(first, any_time)
+    assert torch.equal(any_time[3], source.any_frame(FIRST_IMAGE + 3).frames)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

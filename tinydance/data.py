@@ -5,8 +5,8 @@ the order is a function: what is seen at global sample number n (which video, fr
 from (seed, n) and is stored nowhere. So the data are the same on any number of machines, and
 resuming needs no state but the step.
 
-A source has `clip(n)`, `frame(n)`, `frames`, `size`, `words()` and `counts`; `batches` makes a
-stream of it.
+A source has `clip(n)`, `frame(n)`, `any_frame(n)`, `frames`, `size`, `words()` and `counts`;
+`batches` makes a stream of it.
 Not included: captions in tables, tar shards, cached latents.
 Read `weights.py` before, `toyworld.py` and `video.py` after.
 """
@@ -52,7 +52,16 @@ class ToyWorld:
         return Clip(torch.from_numpy(frames), caption, f"toy/{self.seed}/{n}")
 
     def frame(self, n: int) -> Clip:
-        """One frame of clip n, as a clip with f = 1."""
+        """The picture that clip n begins with, as a clip with f = 1.
+
+        Text alone makes its first frame as an image model does: were the images frames of any time,
+        a clip could begin where its motion ends.
+        """
+        clip = self.clip(n)
+        return clip._replace(frames=clip.frames[:1])
+
+    def any_frame(self, n: int) -> Clip:
+        """A frame of any time of clip n, as a clip with f = 1."""
         clip = self.clip(n)
         k = _random("frame", self.seed, n).integers(self.frames)
         return clip._replace(frames=clip.frames[k:k + 1])
@@ -117,6 +126,8 @@ class VideoFolder:
     def frame(self, n: int) -> Clip:
         """One picture from a random time of video n, as a clip with f = 1. Decodes no other."""
         return self._sample(n, 1)
+
+    any_frame = frame  # a clip can begin at any time
 
     def _sample(self, n: int, frames: int) -> Clip:
         epoch, place = divmod(n, len(self))
@@ -187,13 +198,14 @@ class Batch(NamedTuple):
 
 def batches(source, first_step: int, last_step: int, global_batch: int, rank: int = 0,
             world_size: int = 1, workers: int = 0, single: Callable[[int], bool] | None = None,
-            image_batch: int | None = None) -> Iterator[Batch]:
+            image_batch: int | None = None, any_frame: bool = False) -> Iterator[Batch]:
     """Yield this rank's share of each batch of first_step <= step < last_step.
 
     frames: uint8 (b, f, 3, H, W) on the CPU; made float on the device, they travel as a quarter.
     Slot j of a share is sample number n = step * global_batch + rank * b + j.
     single: tells which steps train on images: f = 1, and `image_batch` samples, numbered from
-    FIRST_IMAGE on ("utilized every 8 training iterations" [paper §4.1]).
+    FIRST_IMAGE on ("utilized every 8 training iterations" [paper §4.1]). any_frame: images are
+    frames of any time, and not only such as a clip begins with.
     workers: processes that prepare batches ahead; the bytes are the same with any number.
     The two batch sizes count all ranks; ValueError where `world_size` does not divide them.
     """
@@ -202,7 +214,7 @@ def batches(source, first_step: int, last_step: int, global_batch: int, rank: in
         if size < 1 or size % world_size:
             raise ValueError(f"a batch of {size} for {world_size} ranks; make it a multiple")
     steps = [(step, bool(single and single(step))) for step in range(first_step, last_step)]
-    dataset = _Steps(source, sizes, rank, world_size)
+    dataset = _Steps(source, sizes, rank, world_size, any_frame)
     if workers == 0:
         for step in steps:
             yield dataset[step][0]
@@ -218,8 +230,9 @@ def batches(source, first_step: int, last_step: int, global_batch: int, rank: in
 class _Steps(Dataset):
     """Item (step, whether of images): the whole batch, made by one worker, and the new counts."""
 
-    def __init__(self, source, sizes: dict[bool, int], rank: int, world_size: int):
+    def __init__(self, source, sizes: dict[bool, int], rank: int, world_size: int, any_frame: bool):
         self.source, self.sizes, self.rank, self.world_size = source, sizes, rank, world_size
+        self.image = source.any_frame if any_frame else source.frame
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Batch, Counter]:
         step, images = item
@@ -228,7 +241,7 @@ class _Steps(Dataset):
         start = step * size + self.rank * share + (FIRST_IMAGE if images else 0)
         numbers = list(range(start, start + share))
         before = self.source.counts.copy()
-        clips = [self.source.frame(n) if images else self.source.clip(n) for n in numbers]
+        clips = [self.image(n) if images else self.source.clip(n) for n in numbers]
         frames = torch.stack([clip.frames for clip in clips])
         new = self.source.counts - before
         captions, names = [clip.caption for clip in clips], [clip.name for clip in clips]

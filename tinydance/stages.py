@@ -122,10 +122,10 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
 
     def stream(first: int, last: int):
         return batches(source, first, last, config.batch, machine.rank, machine.world_size,
-                       config.workers, single=lambda step: True)  # fmt: skip
+                       config.workers, single=lambda step: True, any_frame=True)  # fmt: skip
 
     def pixels(count: int) -> Tensor:
-        frames = [held_out.frame(n).frames for n in range(count)]
+        frames = [held_out.any_frame(n).frames for n in range(count)]
         return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
 
     def publish(ema: VAE) -> None:
