@@ -237,12 +237,12 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
         if done % config.save_every == 0 or last:
             machine.gather(optimizer)
             if machine.rank == 0:
+                stage.publish(ema)  # first: a run killed meanwhile comes back to this step
                 state = {
                     "step": done, "config": asdict(config), "objective": objective.state_dict(),
                     "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                 }  # fmt: skip
                 save_checkpoint(folder / "checkpoints", done, state)
-                stage.publish(ema)
             machine.wait()
         if done % config.sample_every == 0 or last:
             if machine.rank == 0:
