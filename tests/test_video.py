@@ -402,7 +402,7 @@ def test_no_file_is_replaced_unless_allowed(suffix, tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    def full(pictures, unfinished, rate):
+    def full(pictures, unfinished, rate, comment):
         unfinished.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
     path = tmp_path / "clip.mp4"
