@@ -95,6 +95,8 @@ def parse(parser: Parser):
         raise ValueError(f"tau is {args.tau}, but no --last is given whose steps it would count")
     if args.sketch and not args.last:
         raise ValueError("--sketch draws the edges of --last: give one")
+    if args.resume and not args.out:
+        raise ValueError("--resume goes on with an --out: give that name")
     if args.clips < 1:
         raise ValueError(f"clips is {args.clips}; use 1 or more")
     if args.frames == 1 and (args.first or args.last or args.edit or args.clips > 1):
@@ -215,7 +217,7 @@ def read_edited(path: str, how: Sampling, model: PixelDance) -> tuple[Sampling, 
 # ------------------------------------------------------------------------------------------- files
 def names_of(args, count: int) -> list[str]:
     """--out, or clip.mp4, clip_2.mp4, ... whichever is free; of several videos, with a number."""
-    if count == 1 and not args.out and not args.resume:
+    if count == 1 and not args.out:
         n = 1
         while exists(out := f"clip_{n}.mp4" if n > 1 else "clip.mp4") or parts_of(out).exists():
             n += 1
@@ -285,7 +287,7 @@ def make(number, shots, out, model, image_model, about, args, bar) -> None:
         )  # fmt: skip
     except KeyboardInterrupt:
         if total > 1:
-            print(f"\nstopped: {parts} has what is done; the same command with --resume goes on",
+            print(f"\nstopped: {parts} has what is done; the same with --out {out} --resume goes on",
                   file=sys.stderr)  # fmt: skip
         sys.exit(130)
     if args.story:

@@ -310,8 +310,9 @@ def save_video(frames: torch.Tensor | Iterable[torch.Tensor], path: str | Path, 
 def read_about(path: str | Path) -> dict:
     """What `save_video` was told about a file; {} where it holds nothing of that kind."""
     path = Path(path)
-    if path.with_suffix(".json").exists() and path.suffix in ("", ".npy"):
-        return read_json(path.with_suffix(".json"))
+    if path.suffix in ("", ".npy"):
+        beside = path.with_suffix(".json")
+        return read_json(beside) if beside.exists() else {}
     if path.suffix == ".mp4":
         with av.open(str(path)) as container:
             comment = container.metadata.get("comment")
@@ -356,15 +357,18 @@ def _write_mp4(pictures: Iterable[Image.Image], path: Path, rate: Fraction, comm
     growing = {"movflags": "frag_keyframe+delay_moov"}
     with av.open(str(path), "w", "mp4", options=growing) as container:
         stream = None
-        for picture in pictures:
-            width, height = picture.size
-            if stream is None:
-                stream = container.add_stream(codec, rate=rate, options=options)
-                stream.width, stream.height = width + width % 2, height + height % 2
-                stream.pix_fmt = "yuv420p"
-            even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(even, "rgb24")))
-        container.mux(stream.encode(None))
+        try:
+            for picture in pictures:
+                width, height = picture.size
+                if stream is None:
+                    stream = container.add_stream(codec, rate=rate, options=options)
+                    stream.width, stream.height = width + width % 2, height + height % 2
+                    stream.pix_fmt = "yuv420p"
+                even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(even, "rgb24")))
+        finally:  # also where it stops: what is done can be watched
+            if stream is not None:
+                container.mux(stream.encode(None))
     whole, options = path.with_suffix(".whole.mp4"), {"movflags": "+faststart"}
     try:
         with av.open(str(path)) as source, av.open(str(whole), "w", options=options) as target:
