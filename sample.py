@@ -1,16 +1,34 @@
-"""Make a clip from text, a first frame and a last frame: any of the three, with any model folder.
+"""Direct a video by text, a first frame and a last frame: any of the three, with any model folder.
 
     python sample.py "a red circle bounces to the right"
-    python sample.py "a red circle moves up" --first a.png --last b.png --tau 10 --out clip.gif
+    python sample.py "a red circle moves up" --first a.png --last b.png --tau 50% --out clip.gif
+    python sample.py "a red circle grows" --clips 4         a long video; --resume goes on with it
+    python sample.py --story story.toml --out film.mp4      shots, and film_storyboard.png
+    python sample.py --prompts prompts.txt --out clips/x.mp4    a video a line; also under torchrun
+    python sample.py "a blue star grows" --edit clip.mp4 --first edited_a.png --last edited_b.png
 
-The shipped toy model is the default. Text alone makes its own first frame. The end of --out decides
-what is written: .mp4, .gif, .apng (animated) or .png (film strip, the instructions beside it).
-Read `tinydance/sampling.py` before.
+The shipped toy model is the default. Text alone makes its own first frame. --out ends in .mp4, .gif,
+.apng (animated), .png (film strip), .npy (uint8 f 3 H W), or / (a folder of pictures).
+Read `tinydance/sampling.py` and `tinydance/story.py` before.
 """
 
+import hashlib
+import json
+import os
+import shlex
+import shutil
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tinydance.checkpoints import sha256
+from tinydance.conditioning import sketch
 from tinydance.config import (
     Parser,
     autocast,
@@ -20,77 +38,273 @@ from tinydance.config import (
     run_main,
 )
 from tinydance.model import SHIPPED, PixelDance
-from tinydance.sampling import sample_frames
-from tinydance.video import check_output, read_image, save_video, to_frames, to_pixels
+from tinydance.sampling import Sampling
+from tinydance.story import Shot, film, memory, read_story, storyboard, to_film
+from tinydance.video import (
+    check_output,
+    duration,
+    read_about,
+    read_clip,
+    read_image,
+    save_video,
+    to_frames,
+    to_pixels,
+)
+
+PROMPT = "a red circle bounces to the right"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")  # of a model folder
 
 
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("prompt", nargs="?", default="a red circle bounces to the right")
-    parser.add_argument("--first", help="picture: the first-frame instruction")
-    parser.add_argument("--last", help="picture: the last-frame instruction")
-    parser.add_argument("--tau", type=int, help="first steps that see --last; default: half")
+def parse(parser: Parser):
+    parser.add_argument("prompt", nargs="?", help=f"default, where nothing is given: {PROMPT}")
+    parser.add_argument("--prompts", help="a file with a prompt a line, for a video each")
+    parser.add_argument("--first", nargs="+", default=[], help="picture: first-frame instruction")
+    parser.add_argument("--last", nargs="+", default=[], help="picture: last-frame instruction")
+    parser.add_argument("--tau", help="first steps that see --last: 12, 0.5 or 50%%; default: half")
+    parser.add_argument("--sketch", action="store_true", help="show --last as an edge drawing")
+    parser.add_argument("--edit", help="video to make again, between its first and last frame")
+    parser.add_argument("--clips", type=int, default=1, help="chained into one video")
+    parser.add_argument("--story", help=".toml with a film's shots: see tinydance/story.py")
+    parser.add_argument("--t2i", help="model folder that draws first frames: SD 2.1's, say")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the model's")
     parser.add_argument("--guidance", type=float, help="guidance, 1 is off; default: the model's")
     parser.add_argument("--negative", default="", help="prompt to move away from")
-    parser.add_argument("--frames", type=int, help="frames of the clip; default: the model's")
+    parser.add_argument("--frames", type=int, help="frames of a clip; default: the model's")
+    parser.add_argument("--height", type=int, help="in pixels; default: the model's")
+    parser.add_argument("--width", type=int, help="in pixels; default: the model's")
     parser.add_argument("--sampler", default="ddim", help="ddim or ddpm")
     parser.add_argument("--ddim_eta", type=float, default=0.0, help="DDIM's own noise, 0 to 1")
     parser.add_argument("--cond_noise_t", type=int, help="noise on pictures; default: as trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=SHIPPED, help="model folder; default: the shipped one")
-    parser.add_argument("--out", help="x.mp4, x.gif, x.apng or x.png; default: clip.mp4")
+    parser.add_argument("--out", help="x.mp4, x.gif, x.apng, x.png, x.npy or x/; default: clip.mp4")
     parser.add_argument("--overwrite", action="store_true", help="let --out replace a file")
+    parser.add_argument("--resume", action="store_true", help="go on with what was interrupted")
+    parser.add_argument("--about", help="print how this video was made, and make none")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
-    if args.seed < 0:
-        raise ValueError(f"seed is {args.seed}; use 0 or more")
-    if args.tau and not args.last:
+    given = [name for name in ("prompt", "prompts", "first", "last", "edit") if vars(args)[name]]
+    if args.story and (given or args.clips != 1):
+        raise ValueError(f"--story says what each shot is; leave out {(given + ['clips'])[0]}")
+    if args.prompt and args.prompts:
+        raise ValueError(f"give the prompt {args.prompt!r} or --prompts {args.prompts}, not both")
+    if args.tau is not None and not (args.last or args.edit or args.story):
         raise ValueError(f"tau is {args.tau}, but no --last is given whose steps it would count")
-    out = Path(args.out) if args.out else next_free("clip", ".mp4")
-    check_output(out, args.overwrite)  # before the work, not after it
+    if args.sketch and not args.last:
+        raise ValueError("--sketch draws the edges of --last: give one")
+    if args.resume and not args.out:
+        raise ValueError("--resume goes on with an --out: give that name")
+    if args.clips < 1:
+        raise ValueError(f"clips is {args.clips}; use 1 or more")
+    if args.frames == 1 and (args.first or args.last or args.edit or args.clips > 1):
+        raise ValueError("frames is 1: a picture is made from text alone, and by itself")
+    return args
 
+
+def main() -> None:
+    args = parse(Parser(description=__doc__))
+    if args.about:
+        print(json.dumps(read_about(args.about), indent=2, ensure_ascii=False))
+        return
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
+    rank, world_size = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model = PixelDance.from_folder(args.model).to(device)
-    dropped = model.tokenizer.dropped_words(args.prompt)
-    if dropped:
-        print(f"note: the prompt is too long; this part is not read: {dropped}", file=sys.stderr)
-    size = model.settings.height, model.settings.width
-    I_first, I_last = (read_image(path, size) if path else None for path in (args.first, args.last))
-    with autocast(device, dtype):
-        frames = sample_frames(
-            model,
-            [args.prompt],
-            None if I_first is None else to_pixels(I_first)[None],
-            None if I_last is None else to_pixels(I_last)[None],
-            frames=args.frames,
-            steps=args.steps,
-            guidance=args.guidance,
-            tau=args.tau,
-            negative=args.negative,
-            seed=args.seed,
-            sampler=args.sampler,
-            ddim_eta=args.ddim_eta,
-            cond_noise_t=args.cond_noise_t,
-            bar=True,
-        )
-    save_video(
-        to_frames(frames[0]), out, model.settings.fps, overwrite=args.overwrite,
-        caption=args.prompt, first=I_first, last=I_last,
+    image_model = PixelDance.from_folder(args.t2i).to(device) if args.t2i else None
+
+    videos = videos_to_make(args, model)
+    outs = names_of(args, len(videos))
+    todo = []
+    for n in range(rank, len(videos), world_size):  # each rank has its share
+        if args.resume and exists(outs[n]) and not parts_of(outs[n]).exists():
+            print(f"{outs[n]} is there already", file=sys.stderr)
+            continue
+        check(args, outs[n], videos[n])
+        todo.append(n)
+    about = {
+        "command": shlex.join(["python", "sample.py", *(a for a in sys.argv[1:] if a != "--resume")]),
+        "model": fingerprint(args.model),
+        "t2i": fingerprint(args.t2i) if args.t2i else None,
+        "device": device,
+        "dtype": str(dtype),
+    }
+    no_bar = None if world_size == 1 else True  # None: tqdm looks whether there is a terminal
+    clips = sum(shot.clips for n in todo for shot in videos[n])
+    with autocast(device, dtype), tqdm(total=clips, desc="clips", disable=no_bar) as bar:
+        for n in todo:
+            make(n, videos[n], outs[n], model, image_model, about, args, bar)
+            print(outs[n], flush=True)
+
+
+# ------------------------------------------------------------------------------- what is asked for
+def videos_to_make(args, model: PixelDance) -> list[list[Shot]]:
+    """The shots of every video. Raises ValueError for what does not fit."""
+    size = args.height or model.settings.height, args.width or model.settings.width
+    how = Sampling(
+        frames=args.frames, size=size, steps=args.steps, guidance=args.guidance, tau=args.tau,
+        negative=args.negative, seed=args.seed, sampler=args.sampler, ddim_eta=args.ddim_eta,
+        cond_noise_t=args.cond_noise_t,
     )  # fmt: skip
-    print(out)
+    how.complete(model)  # raises before any picture is read
+    if args.story:
+        shots = read_story(args.story, size, how)
+        for i, shot in enumerate(shots):
+            try:
+                shot.how.complete(model)
+            except ValueError as error:
+                raise ValueError(f"{args.story}, shot {i + 1}: {error}") from None
+        videos = [shots]
+    else:
+        prompts = read_prompts(args)
+        firsts, lasts = ([read_image(path, size) for path in paths]
+                         for paths in (args.first, args.last))  # fmt: skip
+        if args.edit:
+            how, first, last = read_edited(args.edit, how.complete(model), model)
+            firsts, lasts = firsts or [first], lasts or [last]
+        if args.sketch:
+            lasts = [to_frames(sketch(to_pixels(picture))) for picture in lasts]
+        count = max(len(prompts), len(firsts), len(lasts))
+        columns = []
+        for name, given in (("prompts", prompts), ("--first", firsts), ("--last", lasts)):
+            if len(given) not in (0, 1, count):
+                raise ValueError(f"{len(given)} {name} for {count} videos; give one, or {count}")
+            columns.append(given * count if len(given) == 1 else given or [None] * count)
+        videos = [[Shot(*row, clips=args.clips, cut=True, how=how)] for row in zip(*columns)]
+    for shots in videos:
+        for shot in shots:
+            dropped = model.tokenizer.dropped_words(shot.prompt)
+            if dropped:
+                print(f"note: too long; this part is not read: {dropped}", file=sys.stderr)
+    return videos
 
 
-def next_free(stem: str, suffix: str) -> Path:
-    """clip.mp4, or clip_2.mp4, clip_3.mp4, ... where those exist."""
-    path, n = Path(stem + suffix), 2
-    while path.exists():
-        path, n = Path(f"{stem}_{n}{suffix}"), n + 1
-    return path
+def read_prompts(args) -> list[str]:
+    if not args.prompts:
+        shown = args.first or args.last or args.edit
+        return [args.prompt if args.prompt is not None else "" if shown else PROMPT]
+    try:
+        lines = Path(args.prompts).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{args.prompts}: cannot read: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{args.prompts}: no prompt inside; write one a line")
+    return prompts
+
+
+def read_edited(path: str, how: Sampling, model: PixelDance) -> tuple[Sampling, Tensor, Tensor]:
+    """(settings for as many frames as a video lasts, its first frame, its last one).
+
+    Video editing "by editing the first frame and the last frame of the provided video" [paper
+    §4.5]: what is between is made anew.
+    """
+    fps, frames = model.settings.fps, how.frames
+    if frames == model.settings.frames:  # not asked for
+        frames = max(2, round(duration(path) * fps))
+        how = replace(how, frames=frames)
+        if frames != model.settings.frames:
+            print(f"note: {path} lasts {frames} frames at {fps} fps; the model was trained on "
+                  f"{model.settings.frames}", file=sys.stderr)  # fmt: skip
+    first, last = (read_clip(path, k / fps, 1, fps, how.size)[0] for k in (0, frames - 1))
+    return how, first, last
+
+
+# ------------------------------------------------------------------------------------------- files
+def names_of(args, count: int) -> list[str]:
+    """--out, or clip.mp4, clip_2.mp4, ... whichever is free; of several videos, with a number."""
+    if count == 1 and not args.out:
+        n = 1
+        while exists(out := f"clip_{n}.mp4" if n > 1 else "clip.mp4") or parts_of(out).exists():
+            n += 1
+        return [out]
+    out = args.out or "clip.mp4"
+    if count == 1:
+        return [out]
+    end = "/" if out.endswith(("/", os.sep)) else Path(out).suffix
+    return [f"{out.removesuffix(end)}_{n:04d}{end}" for n in range(count)]
+
+
+def exists(out: str) -> bool:
+    return Path(out).exists()
+
+
+def parts_of(out: str) -> Path:
+    """The folder of a video's finished clips, until all are there."""
+    return Path(f"{out.rstrip('/' + os.sep)}.parts")
+
+
+def storyboard_of(out: str) -> Path:
+    path = Path(out)
+    return path.with_name(f"{path.stem}_storyboard.png")
+
+
+def check(args, out: str, shots: list[Shot]) -> None:
+    """Raise before the work what would be raised after it."""
+    check_output(out, args.overwrite)
+    if args.story:
+        check_output(storyboard_of(out), args.overwrite)
+    parts = parts_of(out)
+    if parts.exists() and not (args.resume or args.overwrite):
+        raise FileExistsError(f"{parts} holds clips of an interrupted {out}; go on with --resume, "
+                              "or begin anew with --overwrite")  # fmt: skip
+
+
+def fingerprint(folder: str | Path) -> str:
+    """One sha256 of all of a model's files."""
+    files = sorted(f for part in PARTS for f in (Path(folder) / part).iterdir() if f.is_file())
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------- the work
+def make(number, shots, out, model, image_model, about, args, bar) -> None:
+    """Make one video and write it; an interruption leaves its finished clips in PARTS."""
+    parts, total = parts_of(out), sum(shot.clips for shot in shots)
+    if args.overwrite and not args.resume and parts.exists():
+        shutil.rmtree(parts)
+    if total > 1:
+        parts.mkdir(parents=True, exist_ok=True)
+        identity = json.dumps([about[key] for key in ("model", "t2i", "device", "dtype")])
+        clips = film(model, shots, image_model, number, bar.disable is False,
+                     memory(parts, identity))  # fmt: skip
+    else:
+        clips = film(model, shots, image_model, number, bar.disable is False)
+    rows = [[] for _ in shots]
+    about = about | {"number": number, "shots": [
+        {"prompt": shot.prompt, "first": shot.first is not None, "last": shot.last is not None,
+         "clips": shot.clips, "cut": shot.cut, **asdict(shot.how.complete(model))}
+        for shot in shots
+    ]}  # fmt: skip
+    try:
+        save_video(
+            counted(to_film(model, shots, clips, rows), bar, total), out, model.settings.fps,
+            overwrite=args.overwrite, caption=shots[0].prompt, first=shots[0].first,
+            last=shots[-1].last, about=about, unfinished=parts if total > 1 else None,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        if total > 1:
+            print(f"\nstopped: {parts} has what is done; the same with --out {out} --resume goes on",
+                  file=sys.stderr)  # fmt: skip
+        sys.exit(130)
+    if args.story:
+        storyboard(shots, rows).save(storyboard_of(out))
+    if parts.exists():
+        shutil.rmtree(parts)
+
+
+def counted(clips: Iterator[Tensor], bar: tqdm, total: int) -> Iterator[Tensor]:
+    """The same, counted on the bar, or in plain lines where there is no terminal."""
+    shown = time.time()
+    for done, frames in enumerate(clips, 1):
+        yield frames
+        bar.update()
+        if bar.disable and total > 1 and (time.time() - shown > 20 or done == total):
+            shown = time.time()
+            print(f"{done} of {total} clips", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """The two scripts as a user types them: what works, and one clear line for what cannot."""
 
 import hashlib
+import json
+import os
+import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +15,13 @@ from reference import tiny_model
 
 import sample
 import train
-from tinydance import evaluate
+from tinydance import evaluate, story
 from tinydance.config import COLUMNS, NETWORKS, make_config, run_main
 from tinydance.model import SHIPPED, SHIPPED_IMAGE, PixelDance
 from tinydance.sampling import sample_frames
 from tinydance.toyworld import judge
 from tinydance.unet import UNet
-from tinydance.video import read_clip, to_frames
+from tinydance.video import read_about, read_clip, read_image, save_video, to_frames
 
 
 @pytest.fixture
@@ -45,16 +49,140 @@ def run(monkeypatch, capsys, script, *arguments):
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.apng", "x.png", "deeper/x.mp4"])
-def test_sample_writes_what_the_name_says(folder, monkeypatch, capsys, name):
-    given = ["--model", "model", "--first", "photo.jpg", "--last", "photo.jpg", "--tau", 2]
+OUTPUTS = ["x.mp4", "x.gif", "x.apng", "x.png", "x.npy", "deeper/x.mp4", "x/"]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_sample_writes_what_the_name_says_and_in_it_how_it_was_made(
+    folder, monkeypatch, capsys, name
+):
+    given = ["--model", "model", "--first", "photo.jpg", "--last", "photo.jpg", "--tau", "50%"]
     code, out, err = run(monkeypatch, capsys, sample, "a red circle", *given, "--out", name)
     assert (code, out.strip()) == (0, name), err
     if name.endswith("mp4"):
         assert read_clip(name, 0.0, 4, 4, (16, 16)).shape == (4, 3, 16, 16)
+    elif name == "x.npy":
+        assert np.load(name).shape == (4, 3, 16, 16)
+    elif name == "x/":
+        assert sorted(os.listdir("x")) == [f"{k:06d}.png" for k in range(4)]
     else:
         frames = {"x.gif": 4, "x.apng": 4, "x.png": 1}[name]
         assert getattr(Image.open(name), "n_frames", 1) == frames
+    about = json.loads(run(monkeypatch, capsys, sample, "--about", name)[1])
+    assert about["command"].endswith(f"'a red circle' {' '.join(given)} --out {name}")
+    shot = about["shots"][0]
+    assert (shot["prompt"], shot["tau"], shot["seed"], shot["last"]) == ("a red circle", 2, 0, True)
+    assert about["model"] == sample.fingerprint("model")
+
+
+def test_the_command_inside_a_video_makes_it_again(folder, monkeypatch, capsys):
+    given = ["a red circle", "--model", "model", "--clips", 2, "--seed", 5, "--out", "x.npy"]
+    run(monkeypatch, capsys, sample, *given)
+    words = shlex.split(read_about("x.npy")["command"])
+    assert words[:2] == ["python", "sample.py"]
+    before, _ = (folder / "x.npy").rename("y.npy"), (folder / "x.json").unlink()
+    assert run(monkeypatch, capsys, sample, *words[2:])[0] == 0
+    assert (folder / "x.npy").read_bytes() == (folder / before).read_bytes()
+
+
+def test_a_file_of_prompts_makes_a_video_each_the_same_on_one_rank_and_two(
+    folder, monkeypatch, capsys
+):
+    (folder / "prompts.txt").write_text("a red circle\n\na blue circle moves left\nred\n")
+    given = ["--prompts", "prompts.txt", "--model", "model", "--first", "photo.jpg"]
+    _, out, _ = run(monkeypatch, capsys, sample, *given, "--out", "one/x.npy")
+    names = [f"x_{n:04d}.npy" for n in range(3)]
+    assert out.split() == [f"one/{name}" for name in names]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, share in (("0", names[::2]), ("1", names[1::2])):
+        monkeypatch.setenv("RANK", rank)
+        _, out, _ = run(monkeypatch, capsys, sample, *given, "--out", "two/x.npy")
+        assert out.split() == [f"two/{name}" for name in share]
+    made = [(folder / "one" / name).read_bytes() for name in names]
+    assert made == [(folder / "two" / name).read_bytes() for name in names]
+    assert len(set(made)) == 3
+    (folder / "two" / "x_0001.npy").unlink()
+    (folder / "two" / "x_0001.json").unlink()
+    _, out, err = run(monkeypatch, capsys, sample, *given, "--out", "two/x.npy", "--resume")
+    assert out.split() == ["two/x_0001.npy"]  # rank 1's share; what is there is not made again
+
+
+def shots_of(monkeypatch, capsys, *arguments):
+    """The shots that a command line asks for; nothing is sampled."""
+    asked = []
+
+    def make(number, shots, out, *rest):
+        asked.append(shots)
+
+    monkeypatch.setattr(sample, "make", make)
+    code, _, err = run(monkeypatch, capsys, sample, "--model", "model", *arguments)
+    assert code == 0, err
+    return asked, err
+
+
+def test_pictures_are_for_all_videos_or_for_one_each(folder, monkeypatch, capsys):
+    Image.new("RGB", (16, 16), "red").save("red.png")
+    videos, _ = shots_of(
+        monkeypatch, capsys, "red", "--first", "red.png", "photo.jpg", "--last", "red.png"
+    )
+    assert [shots[0].prompt for shots in videos] == ["red", "red"]
+    assert not torch.equal(videos[0][0].first, videos[1][0].first)
+    assert torch.equal(videos[0][0].last, videos[1][0].last)
+
+
+def test_editing_makes_a_clip_as_long_as_the_video_between_its_first_and_last_frame(
+    folder, monkeypatch, capsys
+):
+    frames = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 3, 16, 16) * 40
+    save_video(frames, "old.mp4", fps=4, scale=1)
+    [[shot]], err = shots_of(monkeypatch, capsys, "red", "--edit", "old.mp4", "--last", "photo.jpg")
+    assert shot.how.frames == 6 and "lasts 6 frames at 4 fps; the model was trained on 4" in err
+    assert abs(float(shot.first.float().mean()) - 0) < 3
+    assert torch.equal(shot.last, read_image("photo.jpg", (16, 16)))
+    [[shot]], err = shots_of(monkeypatch, capsys, "--edit", "old.mp4", "--frames", 5)
+    assert abs(float(shot.last.float().mean()) - 160) < 3 and shot.how.frames == 5 and err == ""
+    assert shot.prompt == ""
+
+
+def test_a_sketch_of_the_last_frame_is_its_edges(folder, monkeypatch, capsys):
+    [[shot]], _ = shots_of(monkeypatch, capsys, "red", "--last", "photo.jpg", "--sketch")
+    assert set(shot.last.unique().tolist()) <= {0, 255} and shot.first is None
+
+
+def test_the_first_frame_may_come_from_an_image_model_in_stable_diffusions_form(
+    folder, monkeypatch, capsys
+):
+    given = ["a red circle at night", "--steps", 6, "--frames", 2]
+    t2i = ["--t2i", SHIPPED_IMAGE]
+    assert run(monkeypatch, capsys, sample, *given, *t2i, "--out", "x.npy")[0] == 0
+    assert run(monkeypatch, capsys, sample, *given, "--out", "y.npy")[0] == 0
+    theirs, own = np.load("x.npy"), np.load("y.npy")
+    assert not np.array_equal(theirs, own) and judge(theirs[:1], given[0])["background"]
+    assert read_about("x.npy")["t2i"] == sample.fingerprint(SHIPPED_IMAGE)
+
+
+def test_an_interruption_keeps_what_is_done_and_resume_goes_on(folder, monkeypatch, capsys):
+    given = ["a red circle", "--model", "model", "--clips", 4]
+    real, made = story.sample_latents, []
+
+    def interrupted(*arguments):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(real(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(story, "sample_latents", interrupted)
+    code, out, err = run(monkeypatch, capsys, sample, *given, "--out", "x.mp4")
+    assert code == 130 and out == "" and "--resume goes on" in err and not Path("x.mp4").exists()
+    left = read_clip("x.mp4.parts/unfinished.mp4", 0.0, 7, 4, (16, 16))  # two clips, to be watched
+    made.clear()
+    code, out, err = run(monkeypatch, capsys, sample, *given, "--out", "x.mp4", "--resume")
+    assert code == 0 and len(made) == 2 and not Path("x.mp4.parts").exists(), err
+    monkeypatch.setattr(story, "sample_latents", real)
+    assert run(monkeypatch, capsys, sample, *given, "--out", "y.mp4")[0] == 0
+    x, y = (read_clip(name, 0.0, 13, 4, (16, 16)) for name in ("x.mp4", "y.mp4"))
+    assert torch.equal(x, y)
+    assert float((left.float() - x[:7].float()).abs().mean()) < 3
 
 
 def test_sample_without_out_takes_the_next_free_name(folder, monkeypatch, capsys):
@@ -64,9 +192,9 @@ def test_sample_without_out_takes_the_next_free_name(folder, monkeypatch, capsys
 
 
 def test_the_same_seed_writes_the_same_file_and_another_seed_another(folder, monkeypatch, capsys):
-    for name, seed in (("a.gif", 1), ("b.gif", 1), ("c.gif", 2)):
+    for name, seed in (("a.npy", 1), ("b.npy", 1), ("c.npy", 2)):
         run(monkeypatch, capsys, sample, "x", "--model", "model", "--seed", seed, "--out", name)
-    a, b, c = ((folder / name).read_bytes() for name in ("a.gif", "b.gif", "c.gif"))
+    a, b, c = ((folder / name).read_bytes() for name in ("a.npy", "b.npy", "c.npy"))
     assert a == b != c
 
 
@@ -83,6 +211,21 @@ SAMPLE_ERRORS = [
     (["--last", "photo.jpg", "--tau", "99"], "tau is 99; use 0 to 4"),
     (["--last", "photo.jpg", "--tau", "-1"], "tau is -1"),
     (["--tau", "2"], "no --last is given"),
+    (["--last", "photo.jpg", "--tau", "half"], "tau is half; use 0 to 4, the number of steps, or"),
+    (["--last", "photo.jpg", "--tau", "101%"], "tau is 101%"),
+    (["--sketch"], "--sketch draws the edges of --last"),
+    (["--first", "photo.jpg", "photo.jpg", "--last", *["photo.jpg"] * 3], "2 --first for 3 videos"),
+    (["--prompts", "words.txt"], "not both"),
+    (["--story", "words.txt"], "leave out prompt"),
+    (["--clips", "0"], "clips is 0; use 1 or more"),
+    (["--frames", "1", "--clips", "2"], "a picture is made from text alone"),
+    (["--height", "18"], "size is 18x16; both must be multiples of 4"),
+    (["--edit", "words.txt"], "not_a_video: words.txt"),
+    (["--t2i", "nowhere"], "nowhere is no folder"),
+    (["--about", "words.txt"], "words.txt"),
+    (["--resume"], "--resume goes on with an --out"),
+    (["--out", "taken.mp4/"], "taken.mp4 exists already, as a file"),
+    (["--out", "taken.mp4/x.gif"], "taken.mp4 is a file, not a folder"),
     (["--steps", "0"], "steps is 0; use 1 to 1000"),
     (["--steps", "1001"], "steps is 1001"),
     (["--steps", "many"], "invalid int value: 'many'"),

@@ -4,8 +4,10 @@ import pytest
 import torch
 from reference import difference
 
-from tinydance.conditioning import instructions_of, make_c_image
+from tinydance.conditioning import instructions_of, make_c_image, sketch
 from tinydance.schedulers import Schedule, add_noise
+from tinydance.toyworld import make_clip, referee
+from tinydance.video import to_pixels
 
 ALPHA_BAR = float(Schedule().alpha_bar[100])
 
@@ -77,3 +79,39 @@ def test_the_last_instruction_is_one_of_the_clips_last_three(f):
 def test_a_clip_shorter_than_three_frames_stays_inside_itself():
     z_0 = latents(1, 2, 4, 2, 2)
     assert torch.equal(instructions_of(z_0, torch.tensor([2]))[1], z_0[:, 0])
+
+
+def test_a_sketch_is_black_where_some_channel_is_steep_pixel_by_pixel():
+    """Sobel's two sums and the comparison, written out for every pixel."""
+    x = latents(2, 3, 6, 5, seed=4) * 0.3
+    drawn = sketch(x, threshold=0.2)
+    assert drawn.shape == x.shape and drawn.unique().tolist() == [-1, 1]
+    for n in range(2):
+        for row in range(6):
+            for column in range(5):
+                steepest = 0.0
+                for channel in x[n]:
+
+                    def at(dy, dx):
+                        y, x_ = min(max(row + dy, 0), 5), min(max(column + dx, 0), 4)
+                        return float(channel[y, x_])
+
+                    right, below = (
+                        sum(w * (at(*side) - at(*other)) for w, side, other in weights) / 8
+                        for weights in (
+                            [(1, (-1, 1), (-1, -1)), (2, (0, 1), (0, -1)), (1, (1, 1), (1, -1))],
+                            [(1, (1, -1), (-1, -1)), (2, (1, 0), (-1, 0)), (1, (1, 1), (-1, 1))],
+                        )
+                    )
+                    steepest = max(steepest, (right**2 + below**2) ** 0.5)
+                assert drawn[n, :, row, column].tolist() == [-1.0 if steepest > 0.2 else 1.0] * 3
+
+
+def test_a_sketch_of_the_toy_world_shows_the_object_and_hardly_the_landscape():
+    frame = make_clip(0, 3)[0][-1]
+    x, y = referee(frame[None]).track[0]
+    lines = sketch(to_pixels(torch.from_numpy(frame)))[0] < 0
+    rows, columns = torch.nonzero(lines, as_tuple=True)
+    assert abs(float(columns.float().mean()) - x) < 2 and abs(float(rows.float().mean()) - y) < 3
+    assert 0.02 < float(lines.float().mean()) < 0.2
+    assert bool((sketch(torch.zeros(3, 8, 8)) == 1).all())  # of nothing, nothing

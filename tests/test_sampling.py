@@ -1,11 +1,23 @@
 """Guidance, the tau switch of Eq. 2, and the loop: what the network is shown, and how often."""
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
-from reference import difference, tiny_model
+from reference import difference, tiny_model, tiny_unet
 
 from tinydance.noise import draw, generator
-from tinydance.sampling import denoise_loop, guided_denoiser, sample_frames, sample_latents
+from tinydance.sampling import (
+    Sampling,
+    chain,
+    denoise_loop,
+    first_frame,
+    guided_denoiser,
+    sample_frames,
+    sample_latents,
+    watch,
+)
 from tinydance.schedulers import Schedule
 
 
@@ -49,14 +61,14 @@ def test_guidance_moves_from_the_empty_prompt_towards_the_prompt():
 def test_guidance_one_costs_one_branch_and_others_two_in_one_batch(model):
     for guidance, rows in ((1.0, 2), (3.0, 4)):
         model.unet = Spy(tiny_model().unet)
-        sample_latents(model, ["a red circle", "a blue circle"], latent(0, 2), guidance=guidance)
+        sample_latents(model, ["a red circle", "a blue circle"], latent(0, 2), how=Sampling(guidance=guidance))
         assert [len(z) for z, _, _ in model.unet.seen] == [rows] * 4
 
 
 def test_the_last_frame_is_seen_on_the_first_tau_steps_and_by_both_branches(model):
     for tau in (0, 1, 3, 4):
         model.unet = Spy(tiny_model().unet)
-        sample_latents(model, ["a red circle"], latent(0), latent(1), tau=tau)
+        sample_latents(model, ["a red circle"], latent(0), latent(1), Sampling(tau=tau))
         assert len(model.unet.seen) == 4
         for i, (z, _, _) in enumerate(model.unet.seen):
             c_image = z[:, :, 4:]
@@ -68,13 +80,13 @@ def test_the_last_frame_is_seen_on_the_first_tau_steps_and_by_both_branches(mode
 
 def test_tau_zero_equals_no_last_frame_bit_for_bit(model):
     without = sample_latents(model, ["a red circle"], latent(0), None)
-    unseen = sample_latents(model, ["a red circle"], latent(0), latent(1), tau=0)
+    unseen = sample_latents(model, ["a red circle"], latent(0), latent(1), Sampling(tau=0))
     assert torch.equal(without, unseen)
 
 
 def test_tau_at_all_steps_never_drops_the_last_frame(model):
-    always = sample_latents(model, ["a red circle"], latent(0), latent(1), tau=4)
-    half = sample_latents(model, ["a red circle"], latent(0), latent(1), tau=2)
+    always = sample_latents(model, ["a red circle"], latent(0), latent(1), Sampling(tau=4))
+    half = sample_latents(model, ["a red circle"], latent(0), latent(1), Sampling(tau=2))
     assert difference(always, half) > 1e-4
     default = sample_latents(model, ["a red circle"], latent(0), latent(1))
     assert torch.equal(half, default)  # half the steps
@@ -90,24 +102,24 @@ def test_the_condition_keeps_one_noise_through_all_steps_at_the_trained_level(mo
     a = model.schedule.alpha_bar[100]
     assert difference(firsts[0], a.sqrt() * f_first[0] + (1 - a).sqrt() * eps) < 1e-6
     model.unet.seen.clear()
-    sample_latents(model, ["a red circle"], f_first, None, cond_noise_t=0)
+    sample_latents(model, ["a red circle"], f_first, None, Sampling(cond_noise_t=0))
     assert torch.equal(model.unet.seen[0][0][0, 0, 4:], f_first[0])
 
 
 def test_text_alone_first_makes_one_frame_and_then_the_clip_from_it(model):
     model.unet = Spy(model.unet)
-    z_0 = sample_latents(model, ["a red circle"], cond_noise_t=0)
+    z_0 = sample_latents(model, ["a red circle"], how=Sampling(cond_noise_t=0))
     lengths = [z.shape[1] for z, _, _ in model.unet.seen]
     assert lengths == [1] * 4 + [4] * 4 and z_0.shape == (1, 4, 4, 8, 8)
     assert all(int((z[:, :, 4:] != 0).sum()) == 0 for z, _, _ in model.unet.seen[:4])
     own_first = model.unet.seen[4][0][0, 0, 4:]
-    image = sample_latents(model, ["a red circle"], frames=1)
+    image = sample_latents(model, ["a red circle"], how=Sampling(frames=1))
     assert difference(own_first, image[0, 0]) == 0
 
 
 def test_the_negative_prompt_replaces_the_empty_one(model):
     model.unet = Spy(model.unet)
-    sample_latents(model, ["a red circle"], latent(0), negative="blue")
+    sample_latents(model, ["a red circle"], latent(0), how=Sampling(negative="blue"))
     _, _, context = model.unet.seen[0]
     assert torch.equal(context[0], model.encode_text(["blue"])[0])
     assert torch.equal(context[1], model.encode_text(["a red circle"])[0])
@@ -116,11 +128,11 @@ def test_the_negative_prompt_replaces_the_empty_one(model):
 def test_the_same_seed_gives_the_same_clip_alone_and_in_a_batch(model):
     prompts = ["a red circle", "a blue circle moves left", ""]
     for settings in ({}, {"ddim_eta": 1.0}, {"sampler": "ddpm"}):
-        together = sample_latents(model, prompts, seed=3, **settings)
-        assert torch.equal(together, sample_latents(model, prompts, seed=3, **settings))
-        alone = sample_latents(model, prompts[:1], seed=3, **settings)
+        together = sample_latents(model, prompts, how=Sampling(seed=3, **settings))
+        assert torch.equal(together, sample_latents(model, prompts, how=Sampling(seed=3, **settings)))
+        alone = sample_latents(model, prompts[:1], how=Sampling(seed=3, **settings))
         assert difference(together[:1], alone) < 1e-4
-        other = sample_latents(model, prompts[:1], seed=4, **settings)
+        other = sample_latents(model, prompts[:1], how=Sampling(seed=4, **settings))
         assert difference(together[:1], other) > 0.1
 
 
@@ -145,6 +157,12 @@ def test_frames_are_pixels_of_the_asked_size(model):
         ({"steps": 1001}, "steps is 1001"),
         ({"tau": -1}, "tau is -1; use 0 to 4"),
         ({"tau": 5}, "tau is 5; use 0 to 4"),
+        ({"tau": 1.5}, "tau is 1.5; use 0 to 4, the number of steps, or a share"),
+        ({"tau": "120%"}, "tau is 120%"),
+        ({"tau": "-1%"}, "tau is -1%"),
+        ({"tau": "half"}, "tau is half; use 0 to 4"),
+        ({"tau": float("nan")}, "tau is nan"),
+        ({"seed": -1}, "seed is -1; use 0 or more"),
         ({"guidance": -1.0}, "guidance is -1.0"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"ddim_eta": 1.5}, "ddim_eta is 1.5; use 0 to 1"),
@@ -156,7 +174,93 @@ def test_frames_are_pixels_of_the_asked_size(model):
 )
 def test_settings_out_of_range_are_refused(model, settings, message):
     with pytest.raises(ValueError, match=message):
-        sample_latents(model, ["a red circle"], latent(0), latent(1), **settings)
+        sample_latents(model, ["a red circle"], latent(0), latent(1), Sampling(**settings))
+
+
+def test_what_the_last_frame_shows_after_step_tau_changes_nothing(model):
+    """Bit for bit; a last frame that is swapped while it is still looked at changes the clip."""
+    for tau, swapped_at, same in ((2, 2, True), (2, 1, False)):
+        seen = []
+
+        def unet(z, t, c_text):
+            if len(seen) >= swapped_at:
+                z = z.clone()
+                z[:, -1, 4:] = torch.where(z[:, -1, 4:] != 0, latent(9), 0.0)
+            seen.append(z)
+            return real(z, t, c_text)
+
+        real, model.unet.forward = model.unet.forward, unet
+        swapped = sample_latents(model, ["a red circle"], latent(0), latent(1), Sampling(tau=tau))
+        model.unet.forward = real
+        plain = sample_latents(model, ["a red circle"], latent(0), latent(1), Sampling(tau=tau))
+        assert torch.equal(swapped, plain) == same and len(seen) == 4
+
+
+@pytest.mark.parametrize("tau, count", [(3, 3), ("3", 3), (0.5, 2), ("0.75", 3), ("50%", 2),
+                                        ("100%", 4), (1, 1), (1.0, 4), (0.0, 0)])  # fmt: skip
+def test_tau_is_a_count_or_a_share_of_the_steps(model, tau, count):
+    assert Sampling(tau=tau).complete(model).tau == count
+
+
+def test_a_clip_is_the_same_in_a_batch_of_1_3_and_8_and_by_its_number(model):
+    prompts = ["a red circle", "a blue circle moves left", "", "red", "a", "blue", "left", "moves"]
+    eight = sample_latents(model, prompts, how=Sampling(seed=3, ddim_eta=1.0))
+    three = sample_latents(model, prompts[:3], how=Sampling(seed=3, ddim_eta=1.0))
+    assert difference(eight[:3], three) < 1e-4
+    for k in (0, 2, 7):
+        alone = sample_latents(model, [prompts[k]], how=Sampling(seed=3, ddim_eta=1.0), numbers=[k])
+        assert difference(eight[k : k + 1], alone) < 1e-4
+
+
+def test_watching_yields_every_z_t_of_the_first_frame_and_of_the_clip(model):
+    zs = list(watch(model, ["a red circle"]))
+    assert [z.shape[1] for z in zs] == [1] * 4 + [4] * 4
+    assert torch.equal(zs[-1], sample_latents(model, ["a red circle"]))
+    assert len(list(watch(model, ["a red circle"], latent(0)))) == 4
+
+
+def test_a_chain_goes_on_from_the_last_latent_and_shows_it_once(model):
+    model.unet = Spy(model.unet)
+    how = Sampling(guidance=1.0, cond_noise_t=0, tau=4)
+    parts = list(chain(model, ["a red circle"], 3, latent(0), latent(1), how))
+    assert [z.shape[1] for z in parts] == [4, 3, 3]  # 1 + (f - 1) * clips
+    seen = [z[0, :, 4:] for z, _, _ in model.unet.seen]
+    for link, f_first in enumerate((latent(0)[0], parts[0][0, -1], parts[1][0, -1])):
+        for c_image in seen[4 * link : 4 * link + 4]:
+            assert torch.equal(c_image[0], f_first)
+            assert bool((c_image[-1] != 0).any()) == (link == 2)  # f_last ends the last clip
+    single = sample_latents(model, ["a red circle"], latent(0), None, how)
+    assert torch.equal(single, parts[0])
+    assert difference(model.unet.seen[0][0][:, :, :4], model.unet.seen[4][0][:, :, :4]) > 1  # noise
+
+
+def test_a_long_video_takes_the_memory_of_one_clip(model):
+    alive = []
+    for z_0 in chain(model, ["a red circle"], 5, latent(0), how=Sampling(steps=1)):
+        assert sum(ref() is not None for ref in alive) <= 1
+        alive.append(weakref.ref(z_0))
+        del z_0
+    frames = sample_frames(model, ["a red circle"], clips=5, steps=1)
+    assert frames.shape == (1, 16, 3, 16, 16)
+
+
+def test_an_image_model_draws_the_first_frame_by_its_own_words_schedule_and_size(model):
+    """Twice as large as the clip, and epsilon-prediction, where the video model predicts v."""
+    image_model = tiny_model()
+    image_model.settings = replace(image_model.settings, height=32, width=32, steps=3)
+    spy = image_model.unet = Spy(tiny_unet())
+    f_first = first_frame(image_model, model, ["a red circle"])
+    assert [tuple(z.shape) for z, _, _ in spy.seen] == [(2, 1, 8, 16, 16)] * 3
+    assert [int(t[0]) for _, t, _ in spy.seen] == [t for t, _ in Schedule().timesteps(3)]
+    z_0 = sample_latents(image_model, ["a red circle"], how=Sampling(frames=1, size=(32, 32)))
+    picture = image_model.vae.decode_video(z_0)[:, 0].clamp(-1, 1)
+    small = picture.unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean((3, 5))
+    assert difference(f_first, model.vae.encode_video(small[:, None])[:, 0]) < 1e-5
+
+
+def test_pictures_of_another_size_than_asked_for_are_refused(model):
+    with pytest.raises(ValueError, match=r"f_first is \(1, 4, 8, 8\); 2 prompts"):
+        sample_latents(model, ["a", "b"], latent(0))
 
 
 def test_generators_differ_by_purpose_and_by_every_part_of_their_key():

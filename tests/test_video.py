@@ -1,6 +1,7 @@
 """Claims of `tinydance/video.py`. The videos are made here, their frame numbers as stripes."""
 
 import struct
+import weakref
 import zlib
 from fractions import Fraction
 
@@ -11,7 +12,14 @@ import torch
 from PIL import Image
 
 from tinydance import video
-from tinydance.video import BadVideo, film_strip, read_clip, read_image, save_video
+from tinydance.video import (
+    BadVideo,
+    film_strip,
+    read_about,
+    read_clip,
+    read_image,
+    save_video,
+)
 
 SIZE = (48, 64)
 TIMES = (0.0, 0.02, 0.59, 1.3, 1.81, 2.93)  # seconds; at 25 fps none is close to a new frame
@@ -402,7 +410,7 @@ def test_no_file_is_replaced_unless_allowed(suffix, tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    def full(pictures, unfinished, rate):
+    def full(pictures, unfinished, rate, comment):
         unfinished.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
     path = tmp_path / "clip.mp4"
@@ -411,6 +419,87 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_video(striped(), path, overwrite=True)
     assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
+NAMES = [f"clip{suffix}" for suffix in video.SUFFIXES] + ["clip/"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_keeps_how_it_was_made(name, tmp_path):
+    about = {"prompt": 'a "gr\u00fcn" circle', "seed": 3, "shots": [{"tau": 8}] * 40}
+    save_video(striped(), f"{tmp_path}/{name}", about=about)
+    assert read_about(f"{tmp_path}/{name}") == about
+    save_video(striped(), f"{tmp_path}/plain_{name}")
+    assert read_about(f"{tmp_path}/plain_{name}") == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clips_that_come_one_by_one_are_one_video(name, tmp_path):
+    whole = striped(9)
+    save_video(whole, f"{tmp_path}/a_{name}")
+    save_video(iter([whole[:4], whole[4:5], whole[5:]]), f"{tmp_path}/b_{name}")
+    a, b = tmp_path / f"a_{name}", tmp_path / f"b_{name}"
+    if name.endswith(".png"):
+        with Image.open(b) as strip:  # a row a clip
+            assert np.array_equal(strip, film_strip([whole[:4], whole[4:5], whole[5:]]))
+    elif name.endswith("/"):
+        for k, frame in enumerate(whole):
+            with Image.open(b / f"{k:06d}.png") as picture:
+                assert np.array_equal(picture, frame.permute(1, 2, 0))
+    else:
+        assert a.read_bytes() == b.read_bytes()
+        if name.endswith(".npy"):
+            assert np.array_equal(np.load(b), whole)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.npy", "clip/"])
+def test_a_long_video_never_holds_more_than_a_clip_in_memory(name, tmp_path):
+    alive = []
+
+    def clips():
+        for k in range(8):
+            clip = striped(3) + k
+            alive.append(weakref.ref(clip))
+            yield clip
+            del clip
+            assert sum(ref() is not None for ref in alive) <= 2  # the first, and this one
+
+    save_video(clips(), f"{tmp_path}/{name}")
+    assert len(alive) == 8
+
+
+def test_a_video_that_stops_half_way_stays_watchable_where_that_is_asked_for(tmp_path):
+    def stops():
+        yield striped(16)
+        yield striped(4)
+        raise KeyboardInterrupt
+
+    (tmp_path / "parts").mkdir()
+    for unfinished in (None, tmp_path / "parts"):
+        with pytest.raises(KeyboardInterrupt):
+            save_video(stops(), tmp_path / "clip.mp4", unfinished=unfinished)
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]
+    left = read_clip(tmp_path / "parts" / "unfinished.mp4", 0, 20, 4, SIZE)
+    assert numbers(left) == [*range(16), *range(4)]
+    save_video(iter([striped(6)]), tmp_path / "clip.mp4", unfinished=tmp_path / "parts")
+    assert numbers(read_clip(tmp_path / "clip.mp4", 0, 6, 4, SIZE)) == list(range(6))
+
+
+def test_a_folder_is_replaced_picture_by_picture_and_keeps_what_is_not_a_frame(tmp_path):
+    out = f"{tmp_path}/clip/"
+    save_video(striped(6), out)
+    (tmp_path / "clip" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="overwriting"):
+        save_video(striped(2), out)
+    save_video(striped(2), out, overwrite=True)
+    names = sorted(path.name for path in (tmp_path / "clip").iterdir())
+    assert names == ["000000.png", "000001.png", "notes.txt"]
+
+
+def test_captions_lose_their_accents_and_not_their_letters():
+    clip = striped(2, (96, 96))
+    strips = [np.array(film_strip([clip], [said])) for said in ("gr\u00fcn \u00e9", "grun e")]
+    assert np.array_equal(*strips)
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):

@@ -14,6 +14,7 @@ Not here: text, whose instruction goes in by cross-attention (`unet.py`).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinydance.schedulers import add_noise
@@ -62,3 +63,18 @@ def instructions_of(z_0: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
     f = z_0.shape[1]
     index = (f - 1 - back).clamp(min=0)
     return z_0[:, 0], z_0[torch.arange(len(z_0), device=z_0.device), index]
+
+
+def sketch(pixels: Tensor, threshold: float = 0.2) -> Tensor:
+    """Pictures (..., 3, H, W) in [-1, 1] as edge drawings of the same shape: black on white.
+
+    An edge is where some channel's gradient, by Sobel's filter, exceeds `threshold` a pixel; from
+    black to white are 2. Paper §4.5: sketches by a network of their own, HED. Here: a convolution
+    and a comparison, because no other network is needed to see what a sketch can do.
+    """
+    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+    kernels = torch.stack([sobel, sobel.T])[:, None].to(pixels)  # 2 1 3 3
+    x = pixels.reshape(-1, 1, *pixels.shape[-2:])  # ... 3 H W -> (n 3) 1 H W
+    gradient = F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate"), kernels).norm(dim=1)
+    steepest = gradient.reshape(pixels.shape).amax(-3, keepdim=True)
+    return torch.where(steepest > threshold, -1.0, 1.0).to(pixels).expand(pixels.shape)

@@ -68,6 +68,7 @@ class Config:
     eta: float = option(0.25, "share of last frames dropped in training [paper §3.2]", high=1)
     cond_noise_t: int = option(100, "diffusion steps of noise on c_image [paper §4.1]", high=999)
     text_drop: float = option(0.1, "share of captions dropped [ours: paper silent; SD]", high=1)
+    sketch: bool = option(False, "last frames are shown as edge drawings [paper §4.5]")
     image_every: int = option(8, "every so-manyth step is a batch of images [paper §4.1]")
 
     # optimisation

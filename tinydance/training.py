@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from tinydance.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image
+from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image, sketch
 from tinydance.config import Config, autocast, choose_device, choose_dtype
 from tinydance.data import Batch
 from tinydance.model import PixelDance
@@ -67,6 +67,9 @@ class DiffusionLoss(nn.Module):
         c_text = self.model.encode_text(texts)
 
         f_first, f_last = instructions_of(z_0, back.to(device))
+        if config.sketch and f > 1:  # "finetune PixelDance with image sketch" [§4.5]
+            _, I_last = instructions_of(pixels, back.to(device))
+            f_last = self.model.vae.encode_video(sketch(I_last)[:, None])[:, 0]
         eps_c = draw(generators, 2, c, h, w, device=device)  # "different noises" [paper Fig. 3]
         alpha_bar_c = float(self.alpha_bar[config.cond_noise_t]) if config.cond_noise_t else 1.0
         c_image = make_c_image(f_first, f_last, f, eps_c, alpha_bar_c, keep_last.to(device))
