@@ -41,10 +41,11 @@ from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import Sampling
 from tinydance.story import Shot, film, memory, read_story, storyboard, to_film
 from tinydance.video import (
+    BadSample,
     check_output,
-    duration,
     read_about,
     read_clip,
+    read_header,
     read_image,
     save_video,
     to_frames,
@@ -205,7 +206,7 @@ def read_edited(path: str, how: Sampling, model: PixelDance) -> tuple[Sampling, 
     """
     fps, frames = model.settings.fps, how.frames
     if frames == model.settings.frames:  # not asked for
-        frames = max(2, round(duration(path) * fps))
+        frames = max(2, round(read_header(path).seconds * fps))
         how = replace(how, frames=frames)
         if frames != model.settings.frames:
             print(f"note: {path} lasts {frames} frames at {fps} fps; the model was trained on "
