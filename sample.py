@@ -212,12 +212,12 @@ def read_edited(path: str, how: Sampling, model: PixelDance) -> tuple[Sampling, 
     try:
         if frames == model.settings.frames:  # not asked for
             frames = max(2, round(read_header(path).seconds * fps))
+            if frames != model.settings.frames:
+                print(f"note: {path} lasts {frames} frames at {fps} fps; the model was trained on "
+                      f"{model.settings.frames}", file=sys.stderr)  # fmt: skip
         first, last = (read_clip(path, k / fps, 1, fps, how.size)[0] for k in (0, frames - 1))
     except BadSample as error:
         raise ValueError(f"{path}: {error}") from None
-    if frames != model.settings.frames:
-        print(f"note: {path} lasts {frames} frames at {fps} fps; the model was trained on "
-              f"{model.settings.frames}", file=sys.stderr)  # fmt: skip
     return replace(how, frames=frames), first, last
 
 
