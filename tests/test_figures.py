@@ -1,0 +1,109 @@
+"""The figures measure what they say, on clips that are known; no network draws them."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import tiny_model
+
+from tinydance import figures
+from tinydance.config import run_main
+from tinydance.figures import (
+    coarse,
+    hidden_scenes,
+    means,
+    measure_drift,
+    measure_edit,
+    measure_tau,
+)
+from tinydance.toyworld import render
+from tinydance.video import to_pixels
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """Without networks: the VAE passes pixels, a clip is the true one of its first frame, or else
+    that frame held still."""
+    model = tiny_model()
+    model.vae.encode_video = model.vae.decode_video = lambda x: x
+    truth = [to_pixels(torch.from_numpy(render(scene))) for scene in hidden_scenes(0, 6)]
+
+    def sample_frames(model, prompts, first, last, **settings):
+        def clip(frame):
+            known = [true for true in truth if torch.equal(true[0], frame)]
+            return known[0] if known else frame.expand(16, 3, 32, 32)
+
+        return torch.stack([clip(frame) for frame in first])
+
+    def sample_latents(model, prompts, f_first, f_last, how, link):
+        return f_first[:, None].expand(-1, 16, -1, -1, -1)
+
+    monkeypatch.setattr(figures, "sample_frames", sample_frames)
+    monkeypatch.setattr(figures, "sample_latents", sample_latents)
+    monkeypatch.setattr(figures, "LINKS", 4)
+    monkeypatch.setattr(figures, "STEPS", 10)
+    return model
+
+
+def test_true_clips_end_in_their_true_last_frame_smoothly_and_not_in_a_draft(model):
+    rows = means(measure_tau(model, 6, 0), "given", "tau")
+    assert list(rows) == [(kind, tau) for kind in ("true", "draft") for tau in (0, 5, 10)]
+    for (kind, _), row in rows.items():
+        assert row["to the true, dB"] > 90 and row["object off, px"] < 1e-6
+        assert row["first frame, dB"] > 90 and row["the VAE's, dB"] > 90
+        assert (row["to the given, dB"] > 90) == (kind == "true") and row["clips"] == 6
+        assert 0.5 < row["jump"] < 2
+
+
+def test_an_abrupt_end_is_a_jump(model, monkeypatch):
+    real = figures.sample_frames
+
+    def abrupt(*arguments, **settings):
+        clips = real(*arguments, **settings).clone()
+        clips[:, -1] = -1
+        return clips
+
+    monkeypatch.setattr(figures, "sample_frames", abrupt)
+    rows = means(measure_tau(model, 6, 0), "given", "tau")
+    assert all(row["jump"] > 5 for row in rows.values())
+
+
+def test_a_draft_keeps_the_means_of_its_tiles():
+    frame = np.random.default_rng(0).integers(0, 256, (3, 32, 32)).astype(np.uint8)
+    draft = coarse(frame)
+    assert draft.shape == frame.shape and len(np.unique(draft[0, :4, :4])) == 1
+    assert abs(float(draft[1, 4:8, 8:12].mean()) - float(frame[1, 4:8, 8:12].mean())) < 1
+
+
+def test_a_chain_that_stands_still_does_not_drift(model):
+    rows = means(measure_drift(model, 2, 0), "carried", "link")
+    assert list(rows) == [(kind, n) for kind in ("latent", "pixels") for n in (1, 2, 3, 4)]
+    for row in rows.values():
+        assert row["colour"] == row["shape"] == row["background"] == 1 and row["sky"] == 0
+
+
+def test_an_edit_that_is_held_survives_and_does_not_move(model):
+    rows = means(measure_edit(model, 6, 0), "edit", "tau")
+    assert {edit for edit, _ in rows} == {"colour", "shape", "background"}
+    for row in rows.values():
+        assert row["survives"] > 0.8 and row["moves"] == 0 and row["middle off, px"] > 0.5
+
+
+def test_what_was_saved_apart_is_read_together(model, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures.PixelDance, "from_folder", lambda path: model)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["figures", *arguments])
+        run_main(figures.main)
+        return capsys.readouterr().out
+
+    whole = run("drift", "--clips", "2", "--save", "a.json", "--out", "a.png")
+    assert "| latent | 4 | " in whole and Image.open("a.png").width > 4 * 300
+    both = run("drift", "--read", "a.json", "a.json")
+    assert both == whole.replace("| 2 |\n", "| 4 |\n")
+    with pytest.raises(SystemExit):
+        run("drifts")
+    assert "unknown figure 'drifts'" in capsys.readouterr().err
