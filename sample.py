@@ -7,27 +7,23 @@
     python sample.py --prompts prompts.txt --out clips/x.mp4    a video a line; also under torchrun
     python sample.py "a blue star grows" --edit clip.mp4 --first edited_a.png --last edited_b.png
 
-The shipped toy model is the default. Text alone makes its own first frame. --out ends in .mp4, .gif,
-.apng (animated), .png (film strip), .npy (uint8 f 3 H W), or / (a folder of pictures).
+The shipped toy model is the default. Text alone makes its own first frame. --out ends in .mp4,
+.gif, .apng (animated), .png (film strip), .npy (uint8 f 3 H W), or / (a folder of pictures).
 Read `tinydance/sampling.py` and `tinydance/story.py` before.
 """
 
-import hashlib
+import itertools
 import json
 import os
 import shlex
-import shutil
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinydance.checkpoints import sha256
 from tinydance.conditioning import sketch
 from tinydance.config import (
     Parser,
@@ -39,20 +35,10 @@ from tinydance.config import (
 )
 from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import Sampling
-from tinydance.story import Shot, film, memory, read_story, storyboard, to_film
-from tinydance.video import (
-    check_output,
-    duration,
-    read_about,
-    read_clip,
-    read_image,
-    save_video,
-    to_frames,
-    to_pixels,
-)
+from tinydance.story import Shot, check_film, fingerprint, parts_of, read_story, save_film
+from tinydance.video import duration, read_about, read_clip, read_image, to_frames, to_pixels
 
 PROMPT = "a red circle bounces to the right"
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")  # of a model folder
 
 
 def parse(parser: Parser):
@@ -111,33 +97,44 @@ def main() -> None:
         return
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    rank, world_size = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model = PixelDance.from_folder(args.model).to(device)
     image_model = PixelDance.from_folder(args.t2i).to(device) if args.t2i else None
 
     videos = videos_to_make(args, model)
-    outs = names_of(args, len(videos))
+    outs = names_of(args.out, len(videos))
     todo = []
     for n in range(rank, len(videos), world_size):  # each rank has its share
-        if args.resume and exists(outs[n]) and not parts_of(outs[n]).exists():
-            print(f"{outs[n]} is there already", file=sys.stderr)
+        if args.resume and Path(outs[n]).exists() and not parts_of(outs[n]).exists():
+            print(f"note: {outs[n]} is finished", file=sys.stderr)
             continue
-        check(args, outs[n], videos[n])
+        check_film(videos[n], outs[n], args.overwrite, args.resume)
         todo.append(n)
+
+    given = [word for word in sys.argv[1:] if word != "--resume"]  # a film says the same resumed
     about = {
-        "command": shlex.join(["python", "sample.py", *(a for a in sys.argv[1:] if a != "--resume")]),
+        "command": shlex.join(["python", "sample.py", *given]),
         "model": fingerprint(args.model),
         "t2i": fingerprint(args.t2i) if args.t2i else None,
         "device": device,
         "dtype": str(dtype),
     }
-    no_bar = None if world_size == 1 else True  # None: tqdm looks whether there is a terminal
     clips = sum(shot.clips for n in todo for shot in videos[n])
+    no_bar = None if world_size == 1 else True  # None: tqdm looks whether there is a terminal
     with autocast(device, dtype), tqdm(total=clips, desc="clips", disable=no_bar) as bar:
         for n in todo:
-            make(n, videos[n], outs[n], model, image_model, about, args, bar)
+            try:
+                save_film(
+                    model, videos[n], outs[n], image_model, n, args.overwrite, args.resume, about,
+                    bar,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                if parts_of(outs[n]).exists():
+                    print(f"\nstopped: {parts_of(outs[n])} has what is done; the same with --out "
+                          f"{outs[n]} --resume goes on", file=sys.stderr)  # fmt: skip
+                sys.exit(130)
             print(outs[n], flush=True)
 
 
@@ -214,97 +211,14 @@ def read_edited(path: str, how: Sampling, model: PixelDance) -> tuple[Sampling, 
     return how, first, last
 
 
-# ------------------------------------------------------------------------------------------- files
-def names_of(args, count: int) -> list[str]:
+def names_of(out: str | None, count: int) -> list[str]:
     """--out, or clip.mp4, clip_2.mp4, ... whichever is free; of several videos, with a number."""
-    if count == 1 and not args.out:
-        n = 1
-        while exists(out := f"clip_{n}.mp4" if n > 1 else "clip.mp4") or parts_of(out).exists():
-            n += 1
-        return [out]
-    out = args.out or "clip.mp4"
     if count == 1:
-        return [out]
+        free = (f"clip_{n}.mp4" if n > 1 else "clip.mp4" for n in itertools.count(1))
+        return [out or next(n for n in free if not (Path(n).exists() or parts_of(n).exists()))]
+    out = out or "clip.mp4"
     end = "/" if out.endswith(("/", os.sep)) else Path(out).suffix
-    return [f"{out.removesuffix(end)}_{n:04d}{end}" for n in range(count)]
-
-
-def exists(out: str) -> bool:
-    return Path(out).exists()
-
-
-def parts_of(out: str) -> Path:
-    """The folder of a video's finished clips, until all are there."""
-    return Path(f"{out.rstrip('/' + os.sep)}.parts")
-
-
-def storyboard_of(out: str) -> Path:
-    path = Path(out)
-    return path.with_name(f"{path.stem}_storyboard.png")
-
-
-def check(args, out: str, shots: list[Shot]) -> None:
-    """Raise before the work what would be raised after it."""
-    check_output(out, args.overwrite)
-    if args.story:
-        check_output(storyboard_of(out), args.overwrite)
-    parts = parts_of(out)
-    if parts.exists() and not (args.resume or args.overwrite):
-        raise FileExistsError(f"{parts} holds clips of an interrupted {out}; go on with --resume, "
-                              "or begin anew with --overwrite")  # fmt: skip
-
-
-def fingerprint(folder: str | Path) -> str:
-    """One sha256 of all of a model's files."""
-    files = sorted(f for part in PARTS for f in (Path(folder) / part).iterdir() if f.is_file())
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------- the work
-def make(number, shots, out, model, image_model, about, args, bar) -> None:
-    """Make one video and write it; an interruption leaves its finished clips in PARTS."""
-    parts, total = parts_of(out), sum(shot.clips for shot in shots)
-    if args.overwrite and not args.resume and parts.exists():
-        shutil.rmtree(parts)
-    if total > 1:
-        parts.mkdir(parents=True, exist_ok=True)
-        identity = json.dumps([about[key] for key in ("model", "t2i", "device", "dtype")])
-        clips = film(model, shots, image_model, number, bar.disable is False,
-                     memory(parts, identity))  # fmt: skip
-    else:
-        clips = film(model, shots, image_model, number, bar.disable is False)
-    rows = [[] for _ in shots]
-    about = about | {"number": number, "shots": [
-        {"prompt": shot.prompt, "first": shot.first is not None, "last": shot.last is not None,
-         "clips": shot.clips, "cut": shot.cut, **asdict(shot.how.complete(model))}
-        for shot in shots
-    ]}  # fmt: skip
-    try:
-        save_video(
-            counted(to_film(model, shots, clips, rows), bar, total), out, model.settings.fps,
-            overwrite=args.overwrite, caption=shots[0].prompt, first=shots[0].first,
-            last=shots[-1].last, about=about, unfinished=parts if total > 1 else None,
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        if total > 1:
-            print(f"\nstopped: {parts} has what is done; the same with --out {out} --resume goes on",
-                  file=sys.stderr)  # fmt: skip
-        sys.exit(130)
-    if args.story:
-        storyboard(shots, rows).save(storyboard_of(out))
-    if parts.exists():
-        shutil.rmtree(parts)
-
-
-def counted(clips: Iterator[Tensor], bar: tqdm, total: int) -> Iterator[Tensor]:
-    """The same, counted on the bar, or in plain lines where there is no terminal."""
-    shown = time.time()
-    for done, frames in enumerate(clips, 1):
-        yield frames
-        bar.update()
-        if bar.disable and total > 1 and (time.time() - shown > 20 or done == total):
-            shown = time.time()
-            print(f"{done} of {total} clips", file=sys.stderr, flush=True)
+    return [f"{out[: len(out) - len(end)]}_{n:04d}{end}" for n in range(count)]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tinydance import evaluate, story
 from tinydance.config import COLUMNS, NETWORKS, make_config, run_main
 from tinydance.model import SHIPPED, SHIPPED_IMAGE, PixelDance
 from tinydance.sampling import sample_frames
+from tinydance.story import fingerprint
 from tinydance.toyworld import judge
 from tinydance.unet import UNet
 from tinydance.video import read_about, read_clip, read_image, save_video, to_frames
@@ -72,7 +73,7 @@ def test_sample_writes_what_the_name_says_and_in_it_how_it_was_made(
     assert about["command"].endswith(f"'a red circle' {' '.join(given)} --out {name}")
     shot = about["shots"][0]
     assert (shot["prompt"], shot["tau"], shot["seed"], shot["last"]) == ("a red circle", 2, 0, True)
-    assert about["model"] == sample.fingerprint("model")
+    assert about["model"] == fingerprint("model")
 
 
 def test_the_command_inside_a_video_makes_it_again(folder, monkeypatch, capsys):
@@ -111,10 +112,10 @@ def shots_of(monkeypatch, capsys, *arguments):
     """The shots that a command line asks for; nothing is sampled."""
     asked = []
 
-    def make(number, shots, out, *rest):
+    def save_film(model, shots, *rest):
         asked.append(shots)
 
-    monkeypatch.setattr(sample, "make", make)
+    monkeypatch.setattr(sample, "save_film", save_film)
     code, _, err = run(monkeypatch, capsys, sample, "--model", "model", *arguments)
     assert code == 0, err
     return asked, err
@@ -158,7 +159,7 @@ def test_the_first_frame_may_come_from_an_image_model_in_stable_diffusions_form(
     assert run(monkeypatch, capsys, sample, *given, "--out", "y.npy")[0] == 0
     theirs, own = np.load("x.npy"), np.load("y.npy")
     assert not np.array_equal(theirs, own) and judge(theirs[:1], given[0])["background"]
-    assert read_about("x.npy")["t2i"] == sample.fingerprint(SHIPPED_IMAGE)
+    assert read_about("x.npy")["t2i"] == fingerprint(SHIPPED_IMAGE)
 
 
 def test_an_interruption_keeps_what_is_done_and_resume_goes_on(folder, monkeypatch, capsys):

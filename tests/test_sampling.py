@@ -61,7 +61,8 @@ def test_guidance_moves_from_the_empty_prompt_towards_the_prompt():
 def test_guidance_one_costs_one_branch_and_others_two_in_one_batch(model):
     for guidance, rows in ((1.0, 2), (3.0, 4)):
         model.unet = Spy(tiny_model().unet)
-        sample_latents(model, ["a red circle", "a blue circle"], latent(0, 2), how=Sampling(guidance=guidance))
+        how = Sampling(guidance=guidance)
+        sample_latents(model, ["a red circle", "a blue circle"], latent(0, 2), how=how)
         assert [len(z) for z, _, _ in model.unet.seen] == [rows] * 4
 
 
@@ -128,9 +129,10 @@ def test_the_negative_prompt_replaces_the_empty_one(model):
 def test_the_same_seed_gives_the_same_clip_alone_and_in_a_batch(model):
     prompts = ["a red circle", "a blue circle moves left", ""]
     for settings in ({}, {"ddim_eta": 1.0}, {"sampler": "ddpm"}):
-        together = sample_latents(model, prompts, how=Sampling(seed=3, **settings))
-        assert torch.equal(together, sample_latents(model, prompts, how=Sampling(seed=3, **settings)))
-        alone = sample_latents(model, prompts[:1], how=Sampling(seed=3, **settings))
+        how = Sampling(seed=3, **settings)
+        together = sample_latents(model, prompts, how=how)
+        assert torch.equal(together, sample_latents(model, prompts, how=how))
+        alone = sample_latents(model, prompts[:1], how=how)
         assert difference(together[:1], alone) < 1e-4
         other = sample_latents(model, prompts[:1], how=Sampling(seed=4, **settings))
         assert difference(together[:1], other) > 0.1

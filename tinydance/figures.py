@@ -1,8 +1,8 @@
 """Figures of directing, in the toy world, whose referee reads clips without any network.
 
-    python -m tinydance.figures tau   --clips 200 --out tau.png     # the paper's Figure 7 in numbers
-    python -m tinydance.figures drift --clips 8   --out drift.png   # 64 clips in a chain
-    python -m tinydance.figures edit  --clips 200 --out edit.png    # section 4.5's video editing
+    python -m tinydance.figures tau   --clips 200 --out tau.png    # the paper's Figure 7 in numbers
+    python -m tinydance.figures drift --clips 8   --out drift.png  # 64 clips in a chain
+    python -m tinydance.figures edit  --clips 200 --out edit.png   # section 4.5's video editing
 
 Each prints a table and draws a plot. One process uses one core well; for more, run several, each
 with a --seed of its own and --save, and read what they saved together: --read a.json b.json.
@@ -30,7 +30,6 @@ from tinydance.toyworld import (
     World,
     caption_of,
     judge,
-    parse,
     referee,
     render,
     sample_scene,

@@ -12,27 +12,40 @@ A composite shot is "formed by stringing together multiple continuous video clip
 each from the last frame of the one before; a cut begins anew. How stories are written down is
 [ours: paper silent].
 
-Read before: `sampling.py`. Read after: `sample.py`. Not here: pictures into files (`video.py`).
+Read before: `sampling.py`. Read after: `sample.py`. Not here: how a video is encoded (`video.py`).
 """
 
 import hashlib
+import json
+import shutil
+import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from tinydance.checkpoints import sha256
 from tinydance.config import did_you_mean
 from tinydance.model import PixelDance
 from tinydance.sampling import Sampling, chain, encode_picture, first_frame, sample_latents
-from tinydance.video import film_strip, read_image, to_frames, to_pixels
+from tinydance.video import (
+    check_output,
+    film_strip,
+    read_image,
+    save_video,
+    to_frames,
+    to_pixels,
+)
 from tinydance.weights import whole_file
 
-# What a story says for all shots, and what for one; pictures by their paths from the story's folder.
+# What a story says for all shots, and what for one. Pictures: by paths from the story's folder.
 SHARED = {"style": str, "seed": int, "tau": (int, float, str), "guidance": (int, float)}
 OF_A_SHOT = SHARED | {"prompt": str, "first": str, "last": str, "clips": int, "cut": bool}
 OF_A_SHOT.pop("style")
@@ -43,7 +56,10 @@ TILES = 8  # of a storyboard's row, at most
 
 @dataclass(frozen=True)
 class Shot:
-    """One or more clips under one prompt. first, last: uint8 (3, H, W) or None."""
+    """One or more clips under one prompt.
+
+    first, last: uint8 (3, H, W) or None; first is of use at a cut, last ends the last clip.
+    """
 
     prompt: str
     first: Tensor | None = None
@@ -65,7 +81,7 @@ def read_story(path: str | Path, size: tuple[int, int], how: Sampling = Sampling
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot read: {error}") from None
     told = story.pop("shot", [])
-    if not isinstance(told, list) or not told:
+    if not isinstance(told, list) or not told or not all(isinstance(t, dict) for t in told):
         raise ValueError(f"{path}: no shot; begin each with a line [[shot]]")
     _check(f"{path}", story, SHARED, "shot")
     how = replace(how, **{k: v for k, v in story.items() if k != "style"})
@@ -101,13 +117,18 @@ def _check(where: str, said: dict, known: dict, *others: str) -> None:
             raise ValueError(f"{where}: {key} is {value!r}; it must be {WANTED[kind]}")
 
 
+def forget(make: Callable[[], Tensor], *key) -> Tensor:
+    """The `memory` of a film that keeps nothing."""
+    return make()
+
+
 def film(
     model: PixelDance,
     shots: list[Shot],
     image_model: PixelDance | None = None,
     number: int = 0,
     bar: bool = False,
-    remember: Callable[..., Tensor] = lambda make, *key: make(),
+    remember: Callable[..., Tensor] = forget,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (number of the shot, its next clip), latents (1, f, 4, h, w) of frames not seen before.
 
@@ -146,29 +167,6 @@ def to_batch(picture: Tensor | None) -> Tensor | None:
     return None if picture is None else to_pixels(picture)[None]
 
 
-def memory(folder: Path, identity: str) -> Callable[..., Tensor]:
-    """remember(make, *key): what make() gave for this key once before, or else make() now.
-
-    A tensor is a file in the folder, whose name is a hash of all that it is made from: the
-    identity (of the model, say) and the key. So a film that was interrupted goes on where it
-    stopped, and of one whose story was changed only what the change concerns is made anew.
-    """
-
-    def remember(make: Callable[[], Tensor], *key) -> Tensor:
-        digest = hashlib.sha256(identity.encode())
-        for part in key:
-            is_tensor = torch.is_tensor(part)
-            digest.update(part.cpu().numpy().tobytes() if is_tensor else repr(part).encode())
-            digest.update(b";")
-        path = folder / f"{digest.hexdigest()[:24]}.npy"
-        if not path.exists():
-            with whole_file(path) as file:
-                np.save(file, make().cpu().numpy())
-        return torch.from_numpy(np.load(path))
-
-    return remember
-
-
 def to_film(
     model: PixelDance, shots: list[Shot], clips: Iterator[tuple[int, Tensor]], rows: list[list]
 ) -> Iterator[Tensor]:
@@ -190,3 +188,118 @@ def storyboard(shots: list[Shot], rows: list[list[Tensor]]):
         [torch.stack(row) for row in rows], titles,
         first=[shot.first for shot in shots], last=[shot.last for shot in shots],
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ onto the disk
+def save_film(
+    model: PixelDance,
+    shots: list[Shot],
+    out: str | Path,
+    image_model: PixelDance | None = None,
+    number: int = 0,
+    overwrite: bool = False,
+    resume: bool = False,
+    about: dict = {},
+    bar: tqdm | None = None,
+) -> None:
+    """Write the film to what `out` ends in, see `video.save_video`, and with several shots their
+    storyboard beside it.
+
+    Finished clips are in OUT.parts until all are there: an interruption keeps them, and `resume`
+    goes on. about: what else the file shall say of itself; clips are taken from OUT.parts only
+    where all of it but the "command" is the same: name the model, `fingerprint`. bar: counts clips.
+    Raises FileExistsError as `check_film`.
+    """
+    check_film(shots, out, overwrite, resume)
+    parts, total, rows = parts_of(out), sum(shot.clips for shot in shots), [[] for _ in shots]
+    if parts.exists() and not resume:
+        shutil.rmtree(parts)
+    remember = forget
+    if total > 1:
+        parts.mkdir(parents=True, exist_ok=True)
+        same = {name: value for name, value in about.items() if name != "command"}
+        remember = memory(parts, json.dumps(same))
+    bars = bar is not None and not bar.disable
+    clips = film(model, shots, image_model, number, bars, remember)
+    about = about | {"number": number, "shots": [said_of(shot, model) for shot in shots]}
+    save_video(
+        counted(to_film(model, shots, clips, rows), bar, total), out, model.settings.fps,
+        overwrite=overwrite, caption=shots[0].prompt, first=shots[0].first, last=shots[-1].last,
+        about=about, unfinished=parts if total > 1 else None,
+    )  # fmt: skip
+    if len(shots) > 1:
+        storyboard(shots, rows).save(storyboard_of(out))
+    if parts.exists():
+        shutil.rmtree(parts)
+
+
+def check_film(shots: list[Shot], out: str | Path, overwrite: bool, resume: bool) -> None:
+    """Raise before the work what would be raised after it: FileExistsError for names that are
+    taken, or for clips of an interrupted film that neither `resume` nor `overwrite` is for."""
+    check_output(out, overwrite)
+    if len(shots) > 1:
+        check_output(storyboard_of(out), overwrite)
+    if parts_of(out).exists() and not (resume or overwrite):
+        raise FileExistsError(f"{parts_of(out)} holds clips of an interrupted {out}; go on with "
+                              "--resume, or begin anew with --overwrite")  # fmt: skip
+
+
+def parts_of(out: str | Path) -> Path:
+    """The folder of a film's finished clips, until all are there."""
+    path = Path(out)
+    return path.with_name(f"{path.name}.parts")
+
+
+def storyboard_of(out: str | Path) -> Path:
+    path = Path(out)
+    return path.with_name(f"{path.stem}_storyboard.png")
+
+
+def memory(folder: Path, identity: str) -> Callable[..., Tensor]:
+    """remember(make, *key): what make() gave for this key once before, or else make() now.
+
+    A tensor is a file in the folder, whose name is a hash of all that it is made from: the
+    identity (of the model, say) and the key. So a film that was interrupted goes on where it
+    stopped, and of one whose story was changed only what the change concerns is made anew.
+    """
+
+    def remember(make: Callable[[], Tensor], *key) -> Tensor:
+        digest = hashlib.sha256(identity.encode())
+        for part in key:
+            is_tensor = torch.is_tensor(part)
+            digest.update(part.cpu().numpy().tobytes() if is_tensor else repr(part).encode())
+            digest.update(b";")
+        path = folder / f"{digest.hexdigest()[:24]}.npy"
+        if not path.exists():
+            made = make().cpu().numpy()
+            with whole_file(path) as file:
+                np.save(file, made)
+        return torch.from_numpy(np.load(path))
+
+    return remember
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A sha256 of all files of a model folder's parts."""
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    files = [file for part in parts for file in sorted((Path(folder) / part).iterdir())]
+    digests = [sha256(file) for file in files if file.is_file()]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def said_of(shot: Shot, model: PixelDance) -> dict:
+    """A shot for the file's own record; of pictures, only whether there were any."""
+    told = {"prompt": shot.prompt, "first": shot.first is not None, "last": shot.last is not None}
+    return told | {"clips": shot.clips, "cut": shot.cut} | asdict(shot.how.complete(model))
+
+
+def counted(clips: Iterator[Tensor], bar: tqdm | None, total: int) -> Iterator[Tensor]:
+    """The same, counted on the bar, or in plain lines where there is no terminal."""
+    shown = time.time()
+    for done, frames in enumerate(clips, 1):
+        if bar is not None:
+            bar.update()
+            if bar.disable and total > 1 and (time.time() - shown > 20 or done == total):
+                shown = time.time()
+                print(f"{done} of {total} clips", file=sys.stderr, flush=True)
+        yield frames
