@@ -79,6 +79,8 @@ def parse(parser: Parser):
         raise ValueError(f"give the prompt {args.prompt!r} or --prompts {args.prompts}, not both")
     if args.tau is not None and not (args.last or args.edit or args.story):
         raise ValueError(f"tau is {args.tau}, but no --last is given whose steps it would count")
+    if args.t2i and (args.first or args.edit):
+        raise ValueError("--t2i draws a first frame, and one is given: leave one of the two out")
     if args.sketch and not args.last:
         raise ValueError("--sketch draws the edges of --last: give one")
     if args.resume and not args.out:
@@ -141,7 +143,9 @@ def main() -> None:
 # ------------------------------------------------------------------------------- what is asked for
 def videos_to_make(args, model: PixelDance) -> list[list[Shot]]:
     """The shots of every video. Raises ValueError for what does not fit."""
-    size = args.height or model.settings.height, args.width or model.settings.width
+    default = model.settings
+    size = (default.height if args.height is None else args.height,
+            default.width if args.width is None else args.width)  # fmt: skip
     how = Sampling(
         frames=args.frames, size=size, steps=args.steps, guidance=args.guidance, tau=args.tau,
         negative=args.negative, seed=args.seed, sampler=args.sampler, ddim_eta=args.ddim_eta,
@@ -161,7 +165,9 @@ def videos_to_make(args, model: PixelDance) -> list[list[Shot]]:
         firsts, lasts = ([read_image(path, size) for path in paths]
                          for paths in (args.first, args.last))  # fmt: skip
         if args.edit:
-            how, first, last = read_edited(args.edit, how.complete(model), model)
+            if args.frames is None:
+                how = replace(how, frames=max(2, round(duration(args.edit) * default.fps)))
+            first, last = read_ends(args.edit, how.complete(model), default.fps)
             firsts, lasts = firsts or [first], lasts or [last]
         if args.sketch:
             lasts = [to_frames(sketch(to_pixels(picture))) for picture in lasts]
@@ -172,6 +178,9 @@ def videos_to_make(args, model: PixelDance) -> list[list[Shot]]:
                 raise ValueError(f"{len(given)} {name} for {count} videos; give one, or {count}")
             columns.append(given * count if len(given) == 1 else given or [None] * count)
         videos = [[Shot(*row, clips=args.clips, cut=True, how=how)] for row in zip(*columns)]
+    if how.frames not in (None, 1, default.frames):
+        print(f"note: {how.frames} frames a clip, where the model was trained on {default.frames}",
+              file=sys.stderr)  # fmt: skip
     for shots in videos:
         for shot in shots:
             dropped = model.tokenizer.dropped_words(shot.prompt)
@@ -194,21 +203,14 @@ def read_prompts(args) -> list[str]:
     return prompts
 
 
-def read_edited(path: str, how: Sampling, model: PixelDance) -> tuple[Sampling, Tensor, Tensor]:
-    """(settings for as many frames as a video lasts, its first frame, its last one).
+def read_ends(path: str, how: Sampling, fps: float) -> list[Tensor]:
+    """A video's first frame, and its last or that of the time when the new clip ends.
 
     Video editing "by editing the first frame and the last frame of the provided video" [paper
     §4.5]: what is between is made anew.
     """
-    fps, frames = model.settings.fps, how.frames
-    if frames == model.settings.frames:  # not asked for
-        frames = max(2, round(duration(path) * fps))
-        how = replace(how, frames=frames)
-        if frames != model.settings.frames:
-            print(f"note: {path} lasts {frames} frames at {fps} fps; the model was trained on "
-                  f"{model.settings.frames}", file=sys.stderr)  # fmt: skip
-    first, last = (read_clip(path, k / fps, 1, fps, how.size)[0] for k in (0, frames - 1))
-    return how, first, last
+    times = 0, (how.frames - 1) / fps
+    return [read_clip(path, time, 1, fps, how.size)[0] for time in times]
 
 
 def names_of(out: str | None, count: int) -> list[str]:

@@ -114,6 +114,8 @@ class Sampling:
         noise_t = default.cond_noise_t if self.cond_noise_t is None else self.cond_noise_t
         model.schedule.timesteps(steps)  # raises for a number of steps that cannot be
         model.latent_size(*size)  # and this for a size
+        if min(size) < 1:
+            raise ValueError(f"size is {size[0]}x{size[1]}; use 1 or more")
         tau = count_of("tau", 0.5 if self.tau is None else self.tau, steps)
         if frames < 1:
             raise ValueError(f"frames is {frames}; use 1 or more")
