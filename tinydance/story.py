@@ -184,8 +184,9 @@ def to_film(
 def storyboard(shots: list[Shot], rows: list[list[Tensor]]):
     """A picture with a row a shot: its words, frames from `to_film`, its image instructions."""
     titles = [f"{i + 1}. {'' if shot.cut else '... '}{shot.prompt}" for i, shot in enumerate(shots)]
+    short = min(rows[0][0].shape[-2:])
     return film_strip(
-        [torch.stack(row) for row in rows], titles,
+        [torch.stack(row) for row in rows], titles, scale=max(64, min(short, 128)) / short,
         first=[shot.first for shot in shots], last=[shot.last for shot in shots],
     )  # fmt: skip
 
