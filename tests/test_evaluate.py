@@ -76,6 +76,19 @@ def test_every_row_gives_its_instructions_and_no_other(oracle):
     assert all(settings == {"steps": 7} for *_, settings in asked)
 
 
+def test_an_image_model_is_judged_by_single_frames_from_text(oracle):
+    model, asked = oracle
+    model.settings = type(model.settings)(height=32, width=32, frames=1)
+    sample = module.sample_frames
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sample_frames", lambda *args, **how: sample(*args, **how)[:, :1])
+        ceiling, text = rows = evaluate(model, clips=12)
+    assert len(asked) == 1 and "motion" not in text.shares | ceiling.shares
+    assert min(text.shares.values()) == 1 and "|  |" in table(rows).splitlines()[3]
+    with pytest.raises(ValueError, match="unknown row 'text, first'; known are: text"):
+        evaluate(model, clips=2, rows=["text, first"])
+
+
 def test_one_first_frame_is_given_with_every_motion():
     frames, captions = same_frame_other_motions(40, 0, World())
     groups = {}

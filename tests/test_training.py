@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -252,6 +253,8 @@ def test_resume_none_sets_the_old_run_aside(straight, tmp_path):
     shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
     tiny_train("video", out=str(tmp_path), resume="none", video_steps=1)
     assert newest(tmp_path)["step"] == 1 and newest(tmp_path, "video_1")["step"] == 8
+    tiny_train("video", out=str(tmp_path), video_steps=2)  # and goes on as ever
+    assert newest(tmp_path)["step"] == 2
 
 
 def before_the_video_stage(straight, out):
@@ -323,44 +326,48 @@ def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
     assert "does not work here (no C++ compiler found)" in capsys.readouterr().out
 
 
-def run_script(*arguments, ranks=1):
+def run_script(*arguments, ranks=1, script="tiny_training.py", launch=()):
+    """Start a training of `ranks` processes, by torchrun with the options `launch`."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
-        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        launcher += launch or ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(HERE / "tiny_training.py"), *arguments]
+    command = [*launcher, str(HERE / script), *arguments]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def test_two_ranks_equal_one(straight, tmp_path):
+@pytest.fixture(scope="module")
+def two_ranks(straight, tmp_path_factory):
+    """The video stage on two ranks, undisturbed."""
+    out = tmp_path_factory.mktemp("two_ranks")
+    before_the_video_stage(straight, out)
+    output, _ = run_script("video", f"out={out}", ranks=2).communicate(timeout=300)
+    return out, output
+
+
+def test_two_ranks_equal_one(straight, two_ranks, tmp_path):
     """Same global batch, image steps included; gloo, without dropout."""
-    ends = []
-    for ranks in (1, 2):
-        out = tmp_path / str(ranks)
-        before_the_video_stage(straight, out)
-        process = run_script("video", f"out={out}", ranks=ranks)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-        ends.append((newest(out), [line["loss"] for line in log(out)]))
-    (one, losses_1), (two, losses_2) = ends
-    assert max(abs(a - b) for a, b in zip(losses_1, losses_2, strict=True)) < 1e-5
-    # Single weights may part by Adam's step where a gradient is all rounding; together they do not.
-    for a, b in zip(one["objective"].values(), two["objective"].values()):
-        assert float((a - b).square().mean().sqrt()) < 1e-4
-
-
-def test_sharded_moments_change_nothing_and_go_on_without_shards(straight, tmp_path):
     before_the_video_stage(straight, tmp_path)
-    before_the_video_stage(straight, tmp_path / "plain")
-    for out, zero in ((tmp_path, "true"), (tmp_path / "plain", "false")):
-        process = run_script("video", f"out={out}", f"zero={zero}", "save_every=2", ranks=2)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-    losses = [line["loss"] for line in log(tmp_path)]
-    plain = [line["loss"] for line in log(tmp_path / "plain")]
+    tiny_train("video", out=str(tmp_path), dropout=0.0)
+    out, output = two_ranks
+    losses = [[line["loss"] for line in log(folder)] for folder in (tmp_path, out)]
+    assert len(losses[0]) == 8, output
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
+    # Single weights may part by Adam's step where a gradient is all rounding; together they do not.
+    one, two = newest(tmp_path)["objective"], newest(out)["objective"]
+    for name in one:
+        assert float((one[name] - two[name]).square().mean().sqrt()) < 1e-4
+
+
+def test_sharded_moments_change_nothing_and_go_on_without_shards(straight, two_ranks, tmp_path):
+    before_the_video_stage(straight, tmp_path)
+    process = run_script("video", f"out={tmp_path}", "zero=true", "save_every=2", ranks=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    losses, plain = ([line["loss"] for line in log(out)] for out in (tmp_path, two_ranks[0]))
     assert max(abs(a - b) for a, b in zip(losses, plain, strict=True)) < 1e-6
     shutil.rmtree(checkpoints(tmp_path / "video" / "checkpoints")[-1])
     tiny_train("video", out=str(tmp_path), dropout=0.0)  # from step 6, on one rank
@@ -379,6 +386,57 @@ def test_sigterm_saves_at_the_current_step_and_leaves_with_zero(straight, tmp_pa
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "goes on from there" in output, output
     assert newest(tmp_path)["step"] == log(tmp_path)[-1]["step"] >= 3
+
+
+def test_two_machines_equal_one(straight, two_ranks, tmp_path):
+    """Two torchrun agents of one rank each, that meet at an address."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    before_the_video_stage(straight, tmp_path)
+    launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+              f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test"]  # fmt: skip
+    agents = [run_script("video", f"out={tmp_path}", ranks=2, launch=launch) for _ in range(2)]
+    outputs = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert largest_difference(newest(two_ranks[0])["objective"], newest(tmp_path)["objective"]) == 0
+
+
+def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_undisturbed(
+    straight, two_ranks, tmp_path
+):
+    before_the_video_stage(straight, tmp_path)
+    launch = ["--max-restarts=1", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    process = run_script("kill", "6", f"out={tmp_path}", "save_every=2", ranks=2, launch=launch,
+                         script="faulty_training.py")  # fmt: skip
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and (tmp_path / "happened").exists(), output
+    for part in ("objective", "ema"):
+        assert largest_difference(newest(two_ranks[0])[part], newest(tmp_path)[part]) == 0
+
+
+def test_a_nan_on_one_rank_is_skipped_by_all(straight, tmp_path):
+    before_the_video_stage(straight, tmp_path)
+    process = run_script("nan", "3", f"out={tmp_path}", ranks=2, script="faulty_training.py")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert [line["skipped"] for line in log(tmp_path)] == [False] * 3 + [True] + [False] * 4
+    assert all(torch.isfinite(value).all() for value in newest(tmp_path)["objective"].values())
+
+
+def test_an_error_on_one_rank_is_told_in_its_own_words(straight, tmp_path):
+    before_the_video_stage(straight, tmp_path)
+    process = run_script("raise", "3", f"out={tmp_path}", ranks=2, script="faulty_training.py")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "faulty_training.py: rank 1: clips/7.mp4 is bad; take it out" in output
+
+
+def test_a_hung_rank_ends_the_run(straight, tmp_path):
+    before_the_video_stage(straight, tmp_path)
+    process = run_script("hang", "3", f"out={tmp_path}", "timeout=0.1", ranks=2,
+                         script="faulty_training.py")  # fmt: skip
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode != 0 and "imed out" in output, output
 
 
 class OneWeight(torch.nn.Module):
@@ -419,6 +477,17 @@ def test_a_run_whose_gradients_stay_infinite_ends_with_the_samples_names(tmp_pat
     stage = Stage("x", objective, objective, 9, 1e-2, black_frames, lambda ema: None)
     with pytest.raises(ValueError, match=r"3 steps in a row .* had clips/2\.mp4"):
         fit(stage, config, training.Machine(config))
+
+
+def test_a_device_that_is_too_small_names_what_helps(straight, tmp_path, monkeypatch):
+    before_the_video_stage(straight, tmp_path)
+
+    def forward(self, pixels, captions, numbers):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DiffusionLoss, "forward", forward)
+    with pytest.raises(ValueError, match="too little memory for stage video: try a --micro_batch"):
+        tiny_train("video", out=str(tmp_path))
 
 
 def test_a_picture_that_cannot_be_written_does_not_end_a_run(tmp_path, capsys):

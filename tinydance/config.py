@@ -103,6 +103,7 @@ class Config:
     )
     zero: bool = option(False, "each rank keeps a share of Adam's moments [ZeRO, stage 1]")
     gradient_checkpointing: bool = option(False, "less memory for a third more time")
+    timeout: float = option(30, "minutes that the other ranks wait for one that hangs")
     workers: int = option(4, "processes that read data, on each rank")
     max_skips: int = option(20, "steps in a row without finite gradients that end a run", low=1)
     save_every: int = option(1000, "steps between checkpoints", low=1)
@@ -252,8 +253,11 @@ def run_main(main) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun, every process finds the same
-            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        # What is wrong with the arguments every rank finds; what happens later may be one's own.
+        rank, joined = os.environ.get("RANK", "0"), torch.distributed.is_initialized()
+        if rank == "0" or joined:
+            who = f"rank {rank}: " if joined else ""
+            print(f"{os.path.basename(sys.argv[0])}: {who}{error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -62,9 +62,15 @@ class Row:
     clips: int
     shares: dict[str, float]  # attribute -> share of the clips whose caption mentions it
     kept: dict[str, float]  # the same of the last frame alone: colour, shape, background
-    first_psnr: float | None = None  # dB, of the first frame against the VAE's round trip of it
+    motions: dict[str, float]  # motion -> share of the clips asked to do it
+    first_psnr: float | None = None  # dB, of the first frame against the true one
     last_error: float | None = None  # pixels, the object in the last frame, median
-    motions: dict[str, float] | None = None  # motion -> share of the clips asked to do it
+
+
+def world_of(model: PixelDance, rich: bool) -> World:
+    """The world of a model's clips, or of the clips that an image model's frames begin."""
+    frames = model.settings.frames
+    return World(model.settings.height, frames if frames > 1 else World.frames, rich)
 
 
 def verdicts(frames: np.ndarray, captions: list[str], world: World) -> dict[str, float]:
@@ -92,9 +98,9 @@ class Evaluation:
 
     def __init__(self, model: PixelDance, clips: int, seed=0, rich=False, **settings):
         self.model, self.clips, self.seed, self.settings = model, clips, seed, settings
-        self.world = World(model.settings.height, model.settings.frames, rich)
+        self.world = world_of(model, rich)
         made = [make_clip(HIDDEN_SEED + seed, n, self.world) for n in range(clips)]
-        self.truth = np.stack([frames for frames, _ in made])
+        self.truth = np.stack([frames for frames, _ in made])[:, : model.settings.frames]
         self.captions = [caption for _, caption in made]
         self.pixels = to_pixels(torch.from_numpy(self.truth)).to(model.device)
         self.round_trip = torch.cat([
@@ -121,8 +127,7 @@ class Evaluation:
         """The row of some clips; with first, last: against the true clips' frames."""
         psnr = error = None
         if first:
-            want = to_frames(self.round_trip[:, 0]).cpu().numpy().astype(float)
-            mse = ((want - frames[:, 0]) ** 2).mean(axis=(1, 2, 3)) + 1e-6
+            mse = ((self.truth[:, 0] - frames[:, 0].astype(float)) ** 2).mean((1, 2, 3)) + 1e-6
             psnr = float(np.mean(10 * np.log10(255**2 / mse)))
         if last:
             tracks = [(referee(a, self.world).track[-1], referee(b, self.world).track[-1])
@@ -130,12 +135,13 @@ class Evaluation:
             error = float(np.nanmedian([np.linalg.norm(a - b) for a, b in tracks]))
         shares = verdicts(frames, captions, self.world)
         kept = verdicts(frames[:, -1:], captions, self.world)
-        motions = by_motion(frames, captions, self.world)
-        return Row(name, len(frames), shares, kept, psnr, error, motions)
+        motions = by_motion(frames, captions, self.world) if frames.shape[1] > 1 else {}
+        return Row(name, len(frames), shares, kept, motions, psnr, error)
 
     def ceiling(self) -> Row:
         frames = to_frames(self.round_trip).cpu().numpy()
-        return self.measure("ceiling: true clips through the VAE", frames, self.captions)
+        name = "ceiling: true clips through the VAE"
+        return self.measure(name, frames, self.captions, first=True, last=True)
 
     def row(self, name: str) -> Row:
         """One of ROWS."""
@@ -168,8 +174,13 @@ class Evaluation:
         return self.measure(name, frames, judged)
 
 
-def evaluate(model: PixelDance, clips=100, seed=0, rows=ROWS, rich=False, **settings) -> list[Row]:
-    """The rows of the table, the ceiling first."""
+def evaluate(model: PixelDance, clips=100, seed=0, rows=None, rich=False, **settings) -> list[Row]:
+    """The rows of the table, the ceiling first. ValueError for one that the model cannot have."""
+    known = ROWS if model.settings.frames > 1 else ROWS[:1]  # an image model has its text alone
+    rows = rows or known
+    for name in rows:
+        if name not in known:
+            raise ValueError(f"unknown row {name!r}; known are: {'; '.join(known)}")
     evaluation = Evaluation(model, clips, seed, rich, **settings)
     evaluation.bar.total = sum(clips for name in rows)
     found = [evaluation.ceiling()]
@@ -207,7 +218,7 @@ def table(rows: list[Row]) -> str:
     lines = [head, ["---"] * len(head)]
     for r in rows:
         best = rows[0] if r is not rows[0] else None
-        cells = [percent(r.shares, best and best.shares, name) for name in r.shares]
+        cells = [percent(r.shares, best and best.shares, name) for name in ATTRIBUTES]
         cells += [" / ".join(percent(r.kept, best and best.kept, name) for name in r.kept)]
         psnr = "" if r.first_psnr is None else f"{r.first_psnr:.1f}"
         error = "" if r.last_error is None else f"{r.last_error:.1f}"
@@ -216,6 +227,8 @@ def table(rows: list[Row]) -> str:
 
 
 def percent(shares: dict[str, float], best: dict[str, float] | None, name: str) -> str:
+    if name not in shares:
+        return ""
     return f"{100 * shares[name] / (best[name] if best else 1):.0f}"
 
 
@@ -264,28 +277,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--tau", type=int)
+    parser.add_argument("--cond_noise_t", type=int, help="noise on pictures; default: as trained")
     parser.add_argument("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--strip", help="draw clips to this .png instead, and measure nothing")
     parser.add_argument("--nearest", help="draw five clips, each over the nearest trained on")
     parser.add_argument("--seen", type=int, default=10_000, help="training clips to search")
     args = parser.parse_args()
-    rows = [name.strip() for name in args.rows.split(";")] if args.rows else ROWS
-    for name in rows:
-        if name not in ROWS:
-            raise ValueError(f"unknown row {name!r}; known are: {'; '.join(ROWS)}")
+    rows = [name.strip() for name in args.rows.split(";")] if args.rows else None
     device = choose_device("auto")
     dtype = choose_dtype(args.dtype, device)
     with torch.no_grad(), autocast(device, dtype):
         report(PixelDance.from_folder(args.model).to(device), args, rows)
 
 
-def report(model: PixelDance, args, rows: list[str]) -> None:
+def report(model: PixelDance, args, rows: list[str] | None) -> None:
     """Do what the command line asks for."""
-    settings = {k: getattr(args, k) for k in ("steps", "guidance", "tau")}
+    settings = {k: getattr(args, k) for k in ("steps", "guidance", "tau", "cond_noise_t")}
     if args.strip:
-        world = World(model.settings.height, model.settings.frames, args.rich)
-        hidden = ToyWorld(HIDDEN_SEED + args.seed, world)
+        hidden = ToyWorld(HIDDEN_SEED + args.seed, world_of(model, args.rich))
         show_clips(model, hidden, args.seed, args.clips or 3, **settings).save(args.strip)
         return
     if args.nearest:
@@ -295,7 +305,7 @@ def report(model: PixelDance, args, rows: list[str]) -> None:
         return
     measured = evaluate(model, args.clips or 100, args.seed, rows, args.rich, **settings)
     print(table(measured))
-    for row in measured[1:]:
+    for row in measured[1:] if model.settings.frames > 1 else []:
         shares = ", ".join(f"{name} {100 * share:.0f}" for name, share in row.motions.items())
         print(f"{row.name}, motion by motion: {shares}")
     print(seeds(model, **settings))

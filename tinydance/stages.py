@@ -63,6 +63,10 @@ def train(config: Config, stage: str = "all") -> None:
             if machine.rank == 0:
                 print(f"{message}: the same command goes on from there")
             break
+        except torch.OutOfMemoryError:
+            raise ValueError(f"{machine.device} has too little memory for stage {name}: try a "
+                             "--micro_batch of 1, --gradient_checkpointing true, or on more ranks "
+                             "--zero true") from None  # fmt: skip
         machine.wait()
     machine.close()
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -97,7 +98,8 @@ class Machine:
         self.compile = config.compile == "on" or (config.compile == "auto" and kind == "cuda")
         self.compile = self.compile and compiler_works(self.device)
         if self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            longest = timedelta(minutes=config.timeout)
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=longest)
 
     def autocast(self):
         return autocast(self.device.type, self.dtype)
@@ -238,12 +240,12 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
         if done % config.save_every == 0 or last:
             machine.gather(optimizer)
             if machine.rank == 0:
+                stage.publish(ema)  # first: a run killed meanwhile comes back to this step
                 state = {
                     "step": done, "config": asdict(config), "objective": objective.state_dict(),
                     "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                 }  # fmt: skip
                 save_checkpoint(folder / "checkpoints", done, state)
-                stage.publish(ema)
             machine.wait()
         if done % config.sample_every == 0 or last:
             if machine.rank == 0:
@@ -296,9 +298,9 @@ def timed(items: Iterable) -> Iterator[tuple[float, object]]:
 
 
 # Fields that may differ when a run goes on: where and how fast, not what.
-FREE = {"out", "init", "steps", "guidance", "device", "dtype", "compile", "micro_batch", "zero",
-        "gradient_checkpointing", "workers", "save_every", "sample_every", "max_skips", "vae_steps",
-        "text_steps", "image_steps", "video_steps"}  # fmt: skip
+FREE = {"out", "init", "resume", "steps", "guidance", "device", "dtype", "compile", "micro_batch",
+        "zero", "timeout", "gradient_checkpointing", "workers", "save_every", "sample_every",
+        "max_skips", "vae_steps", "text_steps", "image_steps", "video_steps"}  # fmt: skip
 
 
 def resume(folder: Path, config: Config, objective: nn.Module, ema: nn.Module, optimizer) -> int:

@@ -1,0 +1,46 @@
+"""A tiny training in which rank 1 fails once: `python faulty_training.py FAULT STEP field=value ...`
+
+FAULT: kill, raise, hang or nan, when STEP steps of the video stage are done.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tiny_training import tiny_train
+
+from tinydance import training
+from tinydance.config import run_main
+
+
+def main() -> None:
+    fault, step, *pairs = sys.argv[1:]
+    changes = dict(pair.split("=") for pair in pairs)
+    happened = Path(changes["out"]) / "happened"
+    losses = training.DiffusionLoss.forward
+    calls = []
+
+    def forward(self, pixels, captions, numbers):
+        loss = losses(self, pixels, captions, numbers)
+        calls.append(loss)
+        now = len(calls) == int(step) + 1 and os.environ["RANK"] == "1"
+        if not now or happened.exists():
+            return loss
+        happened.touch()
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "raise":
+            raise ValueError("clips/7.mp4 is bad; take it out")
+        if fault == "hang":  # till torchrun's SIGTERM, not till its SIGKILL 30 seconds later
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(1000)
+        return loss * float("nan")
+
+    training.DiffusionLoss.forward = forward
+    tiny_train("video", dropout=0.0, **changes)
+
+
+if __name__ == "__main__":
+    run_main(main)
