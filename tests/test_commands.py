@@ -81,9 +81,11 @@ def test_the_command_inside_a_video_makes_it_again(folder, monkeypatch, capsys):
     run(monkeypatch, capsys, sample, *given)
     words = shlex.split(read_about("x.npy")["command"])
     assert words[:2] == ["python", "sample.py"]
-    before, _ = (folder / "x.npy").rename("y.npy"), (folder / "x.json").unlink()
+    made = (folder / "x.npy").read_bytes()
+    for name in ("x.npy", "x.npy.json"):
+        (folder / name).unlink()
     assert run(monkeypatch, capsys, sample, *words[2:])[0] == 0
-    assert (folder / "x.npy").read_bytes() == (folder / before).read_bytes()
+    assert (folder / "x.npy").read_bytes() == made
 
 
 def test_a_file_of_prompts_makes_a_video_each_the_same_on_one_rank_and_two(
@@ -103,7 +105,7 @@ def test_a_file_of_prompts_makes_a_video_each_the_same_on_one_rank_and_two(
     assert made == [(folder / "two" / name).read_bytes() for name in names]
     assert len(set(made)) == 3
     (folder / "two" / "x_0001.npy").unlink()
-    (folder / "two" / "x_0001.json").unlink()
+    (folder / "two" / "x_0001.npy.json").unlink()
     _, out, err = run(monkeypatch, capsys, sample, *given, "--out", "two/x.npy", "--resume")
     assert out.split() == ["two/x_0001.npy"]  # rank 1's share; what is there is not made again
 
