@@ -36,7 +36,16 @@ from tinydance.config import (
 from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import Sampling
 from tinydance.story import Shot, check_film, fingerprint, parts_of, read_story, save_film
-from tinydance.video import duration, read_about, read_clip, read_image, to_frames, to_pixels
+from tinydance.video import (
+    BadSample,
+    pictures_in,
+    read_about,
+    read_clip,
+    read_header,
+    read_image,
+    to_frames,
+    to_pixels,
+)
 
 PROMPT = "a red circle bounces to the right"
 
@@ -165,9 +174,7 @@ def videos_to_make(args, model: PixelDance) -> list[list[Shot]]:
         firsts, lasts = ([read_image(path, size) for path in paths]
                          for paths in (args.first, args.last))  # fmt: skip
         if args.edit:
-            if args.frames is None:
-                how = replace(how, frames=max(2, round(duration(args.edit) * default.fps)))
-            first, last = read_ends(args.edit, how.complete(model), default.fps)
+            how, first, last = read_edited(args.edit, how, model)
             firsts, lasts = firsts or [first], lasts or [last]
         if args.sketch:
             lasts = [to_frames(sketch(to_pixels(picture))) for picture in lasts]
@@ -203,14 +210,21 @@ def read_prompts(args) -> list[str]:
     return prompts
 
 
-def read_ends(path: str, how: Sampling, fps: float) -> list[Tensor]:
-    """A video's first frame, and its last or that of the time when the new clip ends.
+def read_edited(path: str, how: Sampling, model: PixelDance) -> tuple[Sampling, Tensor, Tensor]:
+    """(settings for as many frames as the video lasts, its first frame, its last one).
 
     Video editing "by editing the first frame and the last frame of the provided video" [paper
-    §4.5]: what is between is made anew.
+    §4.5]: what is between is made anew. With --frames, the last one is that of their end.
     """
-    times = 0, (how.frames - 1) / fps
-    return [read_clip(path, time, 1, fps, how.size)[0] for time in times]
+    fps, size = model.settings.fps, how.complete(model).size
+    try:
+        if how.frames is None:
+            how = replace(how, frames=max(2, pictures_in(read_header(path).seconds, fps)))
+        times = 0, (how.frames - 1) / fps
+        first, last = (read_clip(path, time, 1, fps, size)[0] for time in times)
+    except BadSample as error:
+        raise ValueError(f"{path}: {error}") from None
+    return how, first, last
 
 
 def names_of(out: str | None, count: int) -> list[str]:

@@ -1,9 +1,10 @@
-"""Train PixelDance: on the toy world, on a folder of videos, on one process or under torchrun.
+"""Train PixelDance: on the toy world, on your videos, on one process or under torchrun.
 
     python train.py                                  the video stage, from the shipped image model
     python train.py --from-scratch                   all stages: VAE, text, image, video
     python train.py --data FOLDER --out runs/mine    the same on your videos, a.mp4 beside a.txt
-    torchrun --nproc_per_node=8 train.py --preset paper --init SD21_FOLDER --data FOLDER
+    python train.py --stage inspect --data a.csv:0.95 --data clips:0.05 --images 'laion/*.tar'
+    torchrun --nproc_per_node=8 train.py --preset paper --init SD21_FOLDER --data webvid.csv
 
 Every field of `tinydance/config.py` is an option. Stopped with Ctrl-C, the same command goes on.
 Read `tinydance/stages.py` before.
@@ -18,21 +19,23 @@ from tinydance.stages import STAGES, train
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--stage", default="all", help=f"all, {', '.join(STAGES)} or benchmark")
+    known = ("all", *STAGES, "benchmark", "inspect", "latents")
+    parser.add_argument("--stage", default="all", help=f"one of {', '.join(known)}")
     parser.add_argument("--preset", default="toy", help=f"one of {', '.join(COLUMNS)}")
     parser.add_argument("--from-scratch", action="store_true", help="start from no trained part")
     names = [f.name for f in fields(Config) if f.name != "preset"]
     for f in fields(Config):
         if f.name in names:
             kind = "|".join(get_args(f.type)) or f.type.__name__
-            parser.add_argument(f"--{f.name}", metavar=kind, help=f.metadata["help"])
+            several = {"action": "extend", "nargs": "+"} if f.name in ("data", "images") else {}
+            parser.add_argument(f"--{f.name}", metavar=kind, help=f.metadata["help"], **several)
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
-    known = ("all", *STAGES, "benchmark")
     if args.stage not in known:
         raise ValueError(f"unknown stage {args.stage!r}{did_you_mean(args.stage, known)}")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given |= {name: "|".join(given[name]) for name in ("data", "images") if name in given}
     if args.from_scratch and args.init:
         raise ValueError(f"--from-scratch has no use for --init {args.init}: give one of the two")
     config = make_config(args.preset, **given)

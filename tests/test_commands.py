@@ -224,7 +224,7 @@ SAMPLE_ERRORS = [
     (["--frames", "1", "--clips", "2"], "a picture is made from text alone"),
     (["--height", "18"], "size is 18x16; both must be multiples of 4"),
     (["--height", "0"], "size is 0x16; use 1 or more"),
-    (["--edit", "words.txt"], "not_a_video: words.txt"),
+    (["--edit", "words.txt"], "words.txt: not_a_video"),
     (["--t2i", "nowhere"], "nowhere is no folder"),
     (["--t2i", "model", "--first", "photo.jpg"], "leave one of the two out"),
     (["--about", "words.txt"], "words.txt"),

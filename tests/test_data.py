@@ -6,13 +6,29 @@ import signal
 import time
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_video import SIZE, make_sound, make_video, numbers
 
-from tinydance.data import FIRST_IMAGE, ToyWorld, VideoFolder, batches, open_source
+from tinydance.data import (
+    BLOCK,
+    FIRST_IMAGE,
+    Files,
+    Mixture,
+    Quota,
+    ToyWorld,
+    batches,
+    open_source,
+    parse_data,
+    shuffled,
+)
+from tinydance.sources import Folder
 from tinydance.toyworld import World
+from tinydance.video import REASONS
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +62,16 @@ def spoil(root):
     (root / "page.mp4").write_text("<html>404</html>")
     (root / "gone.mp4").symlink_to(root / "nowhere.mp4")
     make_sound(root / "sound.mp4")
+
+
+def video_folder(root, *arguments, **how):
+    return Files(Folder(root), *arguments, **how)
+
+
+def counts(clips):
+    """What went wrong on the way to these, by reason."""
+    bad = sum((clip.counts for clip in clips), Counter())
+    return {reason: count for reason, count in bad.items() if reason in REASONS}
 
 
 def same(a, b):
@@ -86,24 +112,15 @@ def test_the_toy_worlds_images_are_first_frames_and_the_vaes_come_from_the_whole
         assert 0.35 < seen[shape, 0] / (seen[shape, 0] + seen[shape, 1]) < 0.65
 
 
-def test_a_folder_finds_its_videos_and_their_captions(good):
-    source = VideoFolder(good, SIZE, frames=4)
-    assert source.names == ["a.mp4", "b.webm", "c.mkv", "inner/d.MOV", "inner/e e.avi"]
-    assert len(source) == 5 and source.missing_captions == 1
-    captions = {clip.name: clip.caption for clip in map(source.clip, range(5))}
-    assert captions == {name: "" if name == "c.mkv" else f"clip {k}, caf\u00e9"
-                        for k, name in enumerate(source.names)}
-
-
 def test_an_epoch_shows_every_video_once_and_the_next_in_another_order(good):
-    source = VideoFolder(good, SIZE, frames=1, seed=5)
+    source = video_folder(good, SIZE, frames=1, seed=5)
     epochs = [[source.clip(5 * epoch + k).name for k in range(5)] for epoch in range(6)]
-    assert all(sorted(epoch) == source.names for epoch in epochs)
+    assert all(sorted(epoch) == sorted(source.rows.names) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 3
 
 
 def test_clips_run_at_four_fps_from_starts_all_over_the_video(good):
-    source = VideoFolder(good, SIZE, frames=6, seed=1)
+    source = video_folder(good, SIZE, frames=6, seed=1)
     firsts = []
     for n in range(100):
         clip = source.clip(n)
@@ -115,47 +132,73 @@ def test_clips_run_at_four_fps_from_starts_all_over_the_video(good):
 
 
 def test_a_clip_is_a_function_of_seed_and_number_alone(good):
-    one, two = VideoFolder(good, SIZE, seed=2), VideoFolder(good, SIZE, seed=2)
+    one, two = video_folder(good, SIZE, seed=2), video_folder(good, SIZE, seed=2)
     late = [two.clip(n) for n in (7, 3, 12)]
     assert all(same(one.clip(n), clip) for n, clip in zip((7, 3, 12), late))
-    assert not all(same(VideoFolder(good, SIZE, seed=3).clip(n), clip)
+    assert not all(same(video_folder(good, SIZE, seed=3).clip(n), clip)
                    for n, clip in zip((7, 3, 12), late))
 
 
 def test_a_single_frame_comes_from_any_time_of_the_video(good):
-    source = VideoFolder(good, SIZE, frames=16)
+    source = video_folder(good, SIZE, frames=16)
     frames = [source.frame(n) for n in range(100)]
     assert all(frame.frames.shape == (1, 3, *SIZE) for frame in frames)
     shown = [numbers(frame.frames)[0] for frame in frames if frame.name == "inner/d.MOV"]
     assert min(shown) < 40 and max(shown) > 160
-    assert not source.counts
+    assert not counts(frames)
 
 
 def test_short_videos_are_padded_and_counted_or_rejected_and_counted(good):
-    padding = VideoFolder(good, SIZE, frames=16)  # 3.75 s; a.mp4 has 2 s
+    padding = video_folder(good, SIZE, frames=16)  # 3.75 s; a.mp4 has 2 s
     clips = [padding.clip(n) for n in range(10)]
     short = [numbers(clip.frames) for clip in clips if clip.name == "a.mp4"]
-    assert short == [[0, 6, 12, 18, 25, 31, 37, 43] + [49] * 8] * 2
-    assert padding.counts["padded"] == 2 and not padding.rejected
-    rejecting = VideoFolder(good, SIZE, frames=16, short="reject")
-    assert all(rejecting.clip(n).name != "a.mp4" for n in range(10))
-    assert rejecting.rejected == {"too_short": 2}
+    assert short == [[0, 6, 12, 18, 25, 31, 37, 43] + [43] * 8] * 2
+    assert sum(clip.counts["padded"] for clip in clips) == 2 and not counts(clips)
+    rejecting = video_folder(good, SIZE, frames=16, short="reject")
+    clips = [rejecting.clip(n) for n in range(10)]
+    assert all(clip.name != "a.mp4" for clip in clips) and counts(clips) == {"too_short": 2}
+
+
+def test_a_video_that_ends_where_the_clip_does_is_not_short(tmp_path):
+    make_video(tmp_path / "a.mp4", frames=16, fps=4)
+    source = video_folder(tmp_path, SIZE)
+    assert numbers(source.clip(0).frames) == list(range(16)) and not source.clip(0).counts["padded"]
+    make_video(tmp_path / "a.mp4", frames=15, fps=4)
+    assert source.clip(0).counts["padded"] == 1
+
+
+def test_starts_on_the_grid_are_multiples_of_a_clips_step(tmp_path):
+    make_video(tmp_path / "a.mp4", frames=150)  # 6 s: 24 pictures, so nine starts
+    source = video_folder(tmp_path, SIZE, starts="grid")
+    firsts = {numbers(source.clip(n).frames)[0] for n in range(60)}
+    assert firsts == {int(k / 4 * 25) for k in range(9)}
+
+
+def test_a_random_crop_is_anywhere_and_the_same_in_all_frames(good):
+    inside = video_folder(good, (48, 24), frames=3, crop="random", seed=1)
+    clips = [inside.clip(n).frames for n in range(20)]
+    assert len({tuple(clip[0, 0, 4].tolist()) for clip in clips}) > 5
+    centre = video_folder(good, (48, 24), frames=3, seed=1).clip(0).frames
+    whole = video_folder(good, (48, 64), frames=3, seed=1).clip(0).frames
+    assert torch.equal(centre, whole[..., 20:44])
+    moved = [x for x in range(41) if torch.equal(clips[0], whole[..., x:x + 24])]
+    assert len(moved) == 1
 
 
 def test_bad_videos_are_replaced_the_same_way_each_time_and_counted_by_reason(mixed, good):
-    source, again = (VideoFolder(mixed, SIZE, frames=2, seed=8) for _ in range(2))
+    source, again = (video_folder(mixed, SIZE, frames=2, seed=8) for _ in range(2))
     clips = [source.clip(n) for n in range(30)]
     assert all(same(again.clip(n), clips[n]) for n in reversed(range(30)))
-    assert {clip.name for clip in clips} == set(VideoFolder(good, SIZE).names)
-    assert set(source.rejected) == {"not_a_video", "no_video_stream", "missing"}
-    assert source.rejected == again.rejected and source.rejected["not_a_video"] >= 9
+    assert {clip.name for clip in clips} == set(Folder(good).names)
+    bad = counts(clips)
+    assert set(bad) == {"not_a_video", "no_video_stream", "missing"} and bad["not_a_video"] >= 9
 
 
 def test_a_folder_of_bad_videos_ends_in_seconds_with_the_reasons(tmp_path):
     spoil(tmp_path)
     begin = time.process_time()
-    with pytest.raises(ValueError, match="20 unreadable videos in a row") as error:
-        VideoFolder(tmp_path, SIZE).clip(0)
+    with pytest.raises(ValueError, match="20 samples in a row cannot be used") as error:
+        video_folder(tmp_path, SIZE).clip(0)
     assert "12 not_a_video" in str(error.value) and "4 no_video_stream" in str(error.value)
     assert "4 missing" in str(error.value) and "\n" not in str(error.value)
     assert time.process_time() - begin < 5
@@ -165,38 +208,118 @@ def test_of_a_truncated_video_another_start_is_tried(tmp_path):
     whole = make_video(tmp_path / "whole.mp4", frames=250).read_bytes()
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "a.mp4").write_bytes(whole[:len(whole) // 2])
-    source = VideoFolder(tmp_path / "cut", SIZE, frames=4)
-    for n in range(10):
-        shown = numbers(source.clip(n).frames)
+    source = video_folder(tmp_path / "cut", SIZE, frames=4)
+    clips = [source.clip(n) for n in range(10)]
+    for clip in clips:
+        shown = numbers(clip.frames)
         assert [b - a in (6, 7) for a, b in zip(shown, shown[1:])] == [True] * 3
-    assert set(source.rejected) == {"damaged"}
-
-
-def test_a_folder_without_videos_is_refused_in_one_line(tmp_path):
-    (tmp_path / "notes.md").write_text("not a video")
-    for root, words in {tmp_path / "absent": "no such folder", tmp_path: "no video inside",
-                        tmp_path / "notes.md": "no such folder"}.items():
-        with pytest.raises(ValueError, match=words) as error:
-            VideoFolder(root, SIZE)
-        assert str(root) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="'pad' or 'reject'"):
-        VideoFolder(tmp_path, SIZE, short="skip")
+    assert set(counts(clips)) == {"damaged"}
 
 
 def test_a_source_knows_the_words_of_its_captions(good):
-    assert VideoFolder(good, SIZE).words() == ["0,", "1,", "3,", "4,", "caf\u00e9", "clip"]
+    assert video_folder(good, SIZE).words() == ["0,", "1,", "3,", "4,", "caf\u00e9", "clip"]
     toy = ToyWorld(0)
     assert {word for n in range(50) for word in toy.clip(n).caption.split()} <= set(toy.words())
 
 
 def test_a_source_is_opened_by_its_name(good):
     folder = open_source(str(good), 5, 8, SIZE, seed=3)
-    assert same(folder.clip(1), VideoFolder(good, SIZE, 5, 8, 3).clip(1))
+    assert same(folder.clip(1), video_folder(good, SIZE, 5, 8, 3).clip(1))
     toy = open_source("toyworld", 7, 4, (48, 48), seed=3)
     assert same(toy.clip(1), ToyWorld(3, World(48, 7)).clip(1)) and toy.size == (48, 48)
+    assert same(folder.reseeded(4).clip(1), open_source(str(good), 5, 8, SIZE, seed=4).clip(1))
     for name, size, words in [("toyworld", SIZE, "48x64"), ("toy", SIZE, "no such folder")]:
         with pytest.raises(ValueError, match=words):
             open_source(name, 16, 4, size)
+
+
+def test_pictures_of_their_own_serve_the_image_steps(good, tmp_path):
+    Image.new("RGB", (80, 60), (9, 200, 30)).save(tmp_path / "green.png")
+    (tmp_path / "green.txt").write_text("green")
+    source = open_source(str(good), 2, 4, SIZE, images=str(tmp_path))
+    how = dict(global_batch=2, single=every_fourth, image_batch=3)
+    clips, *_, images = batches(source, 2, 4, **how)
+    assert clips.frames.shape[:2] == (2, 2) and images.frames.shape[:2] == (3, 1)
+    assert images.captions == ["green"] * 3
+    assert (images.frames == torch.tensor([9, 200, 30], dtype=torch.uint8)[:, None, None]).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Order and mixtures
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 64, 1000, 4097])
+def test_a_shuffled_order_is_one_to_one_and_differs_with_its_key(length):
+    orders = [[shuffled(k, length, 0, epoch) for k in range(length)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(length)) for order in orders)
+    if length > 60:
+        for order in orders:  # no trend, no neighbours kept, no order twice
+            assert abs(np.corrcoef(order, range(length))[0, 1]) < 5 / length**0.5
+            assert np.mean(np.abs(np.diff(order)) == 1) < 0.1
+        assert np.mean(np.equal(*orders[:2])) < 0.1
+    assert 0 <= shuffled(10**7 - 1, 10**7, 3, 10**5) < 10**7
+
+
+class Counting:
+    """Clip n is n."""
+
+    frames, size = 4, SIZE
+
+    def __init__(self, name):
+        self.name = name
+
+    def clip(self, n):
+        return self.name, n
+
+    def reseeded(self, seed):
+        return self
+
+
+def test_a_mixture_has_its_shares_and_leaves_nothing_out():
+    mixture = Mixture([Counting("a"), Counting("b"), Counting("c")], [0.9, 0.075, 0.025])
+    drawn = [mixture.clip(n) for n in range(3 * BLOCK)]
+    for name, share in (("a", 2700), ("b", 225), ("c", 75)):
+        assert sorted(n for other, n in drawn if other == name) == list(range(share))
+    first = Counter(name for name, _ in drawn[:200])
+    assert 160 <= first["a"] <= 195 and first["b"] >= 5  # mixed from the start, not one by one
+    assert drawn != [mixture.reseeded(1).clip(n) for n in range(3 * BLOCK)]
+    with pytest.raises(ValueError, match="below 1 in 1000"):
+        Mixture([Counting("a"), Counting("b")], [1, 1e-5])
+
+
+def test_weights_stand_behind_a_colon_and_tar_files_are_one_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    for name in ("shards/1.tar", "shards/0.tar", "odd:7"):
+        (tmp_path / name).touch()
+    tars = [Path("shards/0.tar"), Path("shards/1.tar")]
+    assert parse_data("a.csv:0.95|clips:0.05") == [("a.csv", 0.95), ("clips", 0.05)]
+    assert parse_data(r"C:\clips|odd:7|x:y") == [
+        (name, None) for name in (r"C:\clips", "odd:7", "x:y")]
+    assert parse_data("shards/1.tar|b|shards/0.tar") == [("b", None), (tars[::-1], None)]
+    assert parse_data("shards/*.tar:2|shards") == [(tars, 2), (tars, None)]
+    with pytest.raises(ValueError, match="above 0"):
+        parse_data("a:-1")
+
+
+def test_sources_without_weights_count_by_their_samples_and_some_weights_are_refused(good, mixed):
+    source = open_source(f"{good}|{mixed}", 2, 4, SIZE)
+    assert source.weights == [5, 10] and len(source.about()) == 2
+    for data in (f"{good}:0.5|{mixed}", f"{good}|toyworld"):
+        with pytest.raises(ValueError, match="every source a weight"):
+            open_source(data, 2, 4, (48, 48))
+
+
+def test_too_many_bad_samples_end_a_run_with_the_reasons_and_few_do_not():
+    quota = Quota(0.05)
+    for _ in range(300):  # 4 % for ever
+        quota.add(25, {"missing": 1, "padded": 20})
+    assert quota.total["missing"] == 300 and quota.total["padded"] == 6000
+    with pytest.raises(ValueError, match="5[1-3] tries failed") as error:
+        for step in range(40):
+            quota.add(25, {"damaged": 3})
+    assert step < 10 and "damaged" in str(error.value) and "missing" in str(error.value)
+    assert "\n" not in str(error.value) and "--max_bad" in str(error.value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,7 +335,7 @@ HOW = dict(global_batch=4, single=every_fourth, image_batch=8)
 
 def test_batches_have_the_promised_shapes_and_numbers():
     source = ToyWorld(0)
-    for step, frames, captions, shown, names in batches(source, 2, 9, **HOW):
+    for step, frames, captions, shown, _, _ in batches(source, 2, 9, **HOW):
         b, f, start = (8, 1, FIRST_IMAGE) if every_fourth(step) else (4, source.frames, 0)
         assert frames.shape == (b, f, 3, *source.size) and frames.dtype == torch.uint8
         assert shown == [start + step * b + j for j in range(b)] and len(captions) == b
@@ -254,9 +377,9 @@ def test_to_resume_is_to_start_at_the_step():
 
 
 def test_workers_change_no_byte_and_lose_no_count(mixed):
-    by_hand, by_workers = (VideoFolder(mixed, SIZE, frames=6, seed=4) for _ in range(2))
+    by_hand, by_workers = (video_folder(mixed, SIZE, frames=6, seed=4) for _ in range(2))
     assert same_batches(batches(by_hand, 0, 9, **HOW), batches(by_workers, 0, 9, workers=2, **HOW))
-    assert by_hand.counts == by_workers.counts and by_hand.rejected
+    assert any(batch.counts["not_a_video"] for batch in batches(by_hand, 0, 9, workers=1, **HOW))
     assert same_batches(batches(ToyWorld(1), 3, 9, **HOW),
                         batches(ToyWorld(1), 3, 9, workers=2, **HOW))
 
@@ -272,7 +395,7 @@ def test_a_stream_with_workers_can_be_left_early():
 def test_a_workers_failure_reaches_the_trainer_with_its_reasons(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match="20 not_a_video"):
-        next(batches(VideoFolder(tmp_path, SIZE), 0, 1, 2, workers=1))
+        next(batches(video_folder(tmp_path, SIZE), 0, 1, 2, workers=1))
 
 
 @pytest.mark.parametrize("how", [dict(global_batch=3), dict(global_batch=0),

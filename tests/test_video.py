@@ -13,7 +13,7 @@ from PIL import Image
 
 from tinydance import video
 from tinydance.video import (
-    BadVideo,
+    BadSample,
     film_strip,
     read_about,
     read_clip,
@@ -83,9 +83,9 @@ def make_sound(path):
 
 
 def reason(path, start=0.0, frames=16, **how):
-    with pytest.raises(BadVideo) as error:
+    with pytest.raises(BadSample) as error:
         read_clip(path, start, frames, 4, SIZE, **how)
-    assert path.name in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
     return error.value.reason
 
 
@@ -96,7 +96,7 @@ def reason(path, start=0.0, frames=16, **how):
 @pytest.mark.parametrize("suffix", KINDS)
 def test_frames_are_those_on_screen_at_their_times(suffix, tmp_path):
     path = make_video(tmp_path / f"v.{suffix}", **KINDS[suffix])
-    assert video.duration(path) == pytest.approx(4.0, abs=0.05)
+    assert video.read_header(path).seconds == pytest.approx(4.0, abs=0.05)
     for start in TIMES:
         clip = read_clip(path, start, 5, 4, SIZE)
         assert clip.shape == (5, 3, *SIZE) and clip.dtype == torch.uint8
@@ -137,21 +137,22 @@ def test_odd_sizes_are_read(size, tmp_path):
 
 @pytest.mark.parametrize("size", [(20, 20), (21, 20), (33, 8), (15, 40)])
 @pytest.mark.parametrize("rotation", [0, 90])
-def test_a_large_video_is_shrunk_until_it_can_be_cut_at_whole_pixels(size, rotation, tmp_path):
-    path = make_video(tmp_path / "v.mp4", frames=1, size=(82, 120), rotation=rotation)
+def test_shrinking_takes_the_mean_of_the_area_and_keeps_the_middle(size, rotation, tmp_path):
+    path = make_video(tmp_path / "v.mp4", frames=1, size=(82, 120), rotation=rotation,
+                      options={"crf": "0"})
     with av.open(str(path)) as container:
-        picture = video._upright(next(container.decode(video=0)), size)
-    over = (picture.height - size[0], picture.width - size[1])
-    assert min(over) == 0 and max(over) % 2 == 0
-    assert torch.equal(read_clip(path, 0, 1, 4, size)[0], torch.from_numpy(
-        np.array(picture)[over[0] // 2:, over[1] // 2:][:size[0], :size[1]]).permute(2, 0, 1))
+        whole = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    exact = video.resize_crop(Image.fromarray(np.rot90(whole, rotation // 90)), size)
+    shrunk = read_clip(path, 0, 1, 4, size)[0]
+    assert shrunk.shape == exact.shape
+    assert (shrunk.float() - exact.float()).abs().mean() < 12  # half a pixel's shift, other filters
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "webm", "ts"])
-def test_a_short_video_is_padded_with_its_last_frame_or_refused(suffix, tmp_path):
+def test_a_short_video_is_padded_with_its_last_picture(suffix, tmp_path):
     path = make_video(tmp_path / f"v.{suffix}", frames=20, **KINDS[suffix])
-    assert numbers(read_clip(path, 0.3, 6, 4, SIZE)) == [7, 13, 19, 19, 19, 19]
-    assert reason(path, 0.3, pad=False) == reason(path, 1.5) == "too_short"
+    assert numbers(read_clip(path, 0.3, 6, 4, SIZE)) == [7, 13, 13, 13, 13, 13]
+    assert reason(path, 1.5) == "too_short"
 
 
 def test_a_video_of_one_frame_is_a_still(tmp_path):
@@ -163,8 +164,8 @@ def test_a_stream_that_states_no_length_is_measured(tmp_path):
     path = make_video(tmp_path / "v.mkv", muxing={"live": "1"})
     with av.open(str(path)) as container:
         assert container.duration is None and container.streams.video[0].duration is None
-    assert video.duration(path) == pytest.approx(4.0, abs=0.01)
-    assert numbers(read_clip(path, 2.93, 6, 4, SIZE)) == [73, 79, 85, 92, 98, 99]
+    assert video.read_header(path).seconds == pytest.approx(4.0, abs=0.01)
+    assert numbers(read_clip(path, 2.93, 6, 4, SIZE)) == [73, 79, 85, 92, 98, 98]
 
 
 def test_the_last_frame_may_stay_for_seconds(tmp_path):
@@ -195,8 +196,51 @@ def test_what_is_no_video_says_what_it_is(tmp_path):
     assert reason(make_sound(tmp_path / "sound.mp4")) == "no_video_stream"
     assert reason(tmp_path / "absent.mp4") == reason(tmp_path) == "missing"
     for address in ("http://127.0.0.1:9/good.mp4", f"concat:{tmp_path}/good.mp4"):
-        with pytest.raises(BadVideo, match="missing"):
-            video.duration(address)
+        with pytest.raises(BadSample, match="missing"):
+            video.read_header(address)
+
+
+def test_a_video_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "v.mp4", frames=2)
+    monkeypatch.setattr(video, "MAX_PIXELS", SIZE[0] * SIZE[1] - 1)
+    monkeypatch.setattr(av.VideoFrame, "to_ndarray", None, raising=False)
+    assert reason(path) == "too_large"
+
+
+def test_a_stretch_of_a_video_shows_nothing_of_what_follows(tmp_path):
+    path = make_video(tmp_path / "v.mp4")
+    assert numbers(read_clip(path, 1.0, 6, 4, SIZE, end=2.0)) == [25, 31, 37, 43, 43, 43]
+
+
+def test_the_start_may_be_chosen_when_the_length_is_known(tmp_path):
+    path = make_video(tmp_path / "v.mp4")
+    clip = read_clip(path, lambda seconds: seconds - 1, 2, 4, SIZE)
+    assert numbers(clip) == [75, 81]
+
+
+def test_an_open_file_is_read_as_its_path_is(tmp_path):
+    path = make_video(tmp_path / "v.ts")  # read twice, for the seek goes too far
+    with open(path, "rb") as file:
+        file.seek(77)
+        assert torch.equal(read_clip(file, 1.3, 5, 4, SIZE), read_clip(path, 1.3, 5, 4, SIZE))
+        assert video.read_header(file) == video.read_header(path)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webm", "ts"])
+def test_a_whole_video_is_read_in_pieces(suffix, tmp_path):
+    path = make_video(tmp_path / f"v.{suffix}", frames=110, **KINDS[suffix])  # 4.4 s
+    pieces = list(video.read_all(path, 4, SIZE, at_once=7))
+    assert [len(piece) for piece in pieces] == [7, 7, 4]
+    assert numbers(torch.cat(pieces)) == [int(k / 4 * 25) for k in range(18)]
+    assert numbers(torch.cat(list(video.read_all(path, 4, SIZE, 1, 2.5)))) == [
+        25, 31, 37, 43, 50, 56]  # fmt: skip
+
+
+def test_a_header_says_what_it_says(tmp_path):
+    path = make_video(tmp_path / "v.webm", frames=30, fps=15, **KINDS["webm"])
+    header = video.read_header(path)
+    assert header[1:] == (64, 48, 15.0, "libvpx-vp9") or header[1:] == (64, 48, 15.0, "vp9")
+    assert header.seconds == pytest.approx(2.0, abs=0.01)
 
 
 def test_damage_anywhere_gives_frames_or_bad_video_and_nothing_else(tmp_path):
@@ -209,7 +253,7 @@ def test_damage_anywhere_gives_frames_or_bad_video_and_nothing_else(tmp_path):
         (tmp_path / "bad.mp4").write_bytes(data[:rng.integers(1, len(data) + 1)])
         try:
             assert read_clip(tmp_path / "bad.mp4", rng.random() * 3, 3, 4, SIZE).shape[0] == 3
-        except BadVideo:
+        except BadSample:
             pass
 
 

@@ -28,7 +28,9 @@ def option(default, help: str, low=0, high=math.inf):
 class Config:
     # where
     preset: str = option("toy", "the row of PRESETS that the other fields start from")
-    data: str = option("toyworld", "'toyworld', or a folder of videos with captions in .txt")
+    data: str = option("toyworld", "'toyworld', a folder of videos, of tar shards or of cached "
+                       "latents, a .csv, .tar files; several, each with :WEIGHT")
+    images: str = option("", "likewise, pictures for image steps; else frames of the clips")
     rich: bool = option(False, "the toy world with more shapes, colours and motions, and a camera")
     init: str = option("", "model folder that the video stage starts from: SD 2.1's, "
                        "ModelScope's, ours; or 'shipped', the toy image model")
@@ -46,6 +48,15 @@ class Config:
     fps: int = option(4, "frames per second of a clip [paper §4.1]", low=1)
     height: int = option(256, "pixels [paper §4.1]", low=8)
     width: int = option(256, "pixels [paper §4.1]", low=8)
+    crop: Literal["centre", "random"] = option(
+        "centre", "which part of a wider picture is taken [ours: paper silent; SD]"
+    )
+    short: Literal["pad", "reject"] = option(
+        "pad", "a video shorter than a clip: repeat its last picture, or none of it [ours]"
+    )
+    starts: Literal["any", "grid"] = option(
+        "any", "when a clip may start; grid: at multiples of 1 / fps, as from cached latents"
+    )
 
     # diffusion
     num_train_timesteps: int = option(1000, "T [paper §4.1]", low=1)
@@ -105,6 +116,7 @@ class Config:
     gradient_checkpointing: bool = option(False, "less memory for a third more time")
     timeout: float = option(30, "minutes that the other ranks wait for one that hangs")
     workers: int = option(4, "processes that read data, on each rank")
+    max_bad: float = option(0.05, "share of bad among 1,000 samples that ends a run [ours]", high=1)
     max_skips: int = option(20, "steps in a row without finite gradients that end a run", low=1)
     save_every: int = option(1000, "steps between checkpoints", low=1)
     sample_every: int = option(2000, "steps between film strips", low=1)

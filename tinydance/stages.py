@@ -5,7 +5,8 @@
     image  the spatial layers as text-to-image on single frames (the paper: Stable Diffusion's UNet)
     video  everything, clips with an image step every 8th       (this is the paper)
 
-Each is a `Stage` for `training.fit`, and leaves a folder that the next one starts from.
+Each is a `Stage` for `training.fit`, and leaves a folder that the next one starts from. Beside
+them: `benchmark` (how fast), `inspect` (what the data are), `latents` (the VAE's work, done once).
 
 Read before: `training.py`. Read after: `train.py`, then `vae.py` and `clip.py`.
 """
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from tinydance.clip import ContrastiveLoss, TextTower, Tokenizer, build_vocabulary
 from tinydance.config import NETWORKS, Config, describe
 from tinydance.data import Source, batches, open_source
+from tinydance.inspection import inspect
+from tinydance.latents import caches, check_vae, write_cache
 from tinydance.model import SHIPPED_IMAGE, ClipSettings, PixelDance
 from tinydance.sampling import sample_frames
 from tinydance.schedulers import Schedule
-from tinydance.training import DiffusionLoss, Interrupted, Machine, Stage, fit
+from tinydance.training import DiffusionLoss, Interrupted, Machine, Stage, StopSignal, fit
 from tinydance.unet import UNet, is_temporal
 from tinydance.vae import VAE, ReconstructionLoss
 from tinydance.video import film_strip, to_frames, to_pixels
@@ -47,13 +50,22 @@ def train(config: Config, stage: str = "all") -> None:
         print(benchmark(config, machine), flush=True)
         return machine.close()
     size = config.height, config.width
-    source, held_out = (
-        open_source(config.data, config.frames, config.fps, size, seed, config.rich)
-        for seed in (config.seed, config.seed + HELD_OUT)
-    )
+    source = open_source(
+        config.data, config.frames, config.fps, size, config.seed, config.rich, config.images,
+        config.short, config.crop, config.starts,
+    )  # fmt: skip
+    if stage in ("latents", "inspect"):
+        {"latents": write_latents, "inspect": inspect_data}[stage](config, machine, source)
+        return machine.close()
+    held_out = source.reseeded(config.seed + HELD_OUT)
+    if machine.rank == 0:
+        print("\n".join(source.about()), flush=True)
     for name in STAGES if stage == "all" else [stage]:
         if stage == "all" and getattr(config, f"{name}_steps") == 0:
             continue  # --init brings it
+        if name in ("vae", "text") and caches(source):
+            raise ValueError(f"stage {name} learns from pixels, not from latents: give --data "
+                             f"another than {config.data}")  # fmt: skip
         if config.resume == "none" and machine.rank == 0:
             set_aside(Path(config.out) / name)
         machine.wait()
@@ -69,6 +81,35 @@ def train(config: Config, stage: str = "all") -> None:
                              "--zero true") from None  # fmt: skip
         machine.wait()
     machine.close()
+
+
+def write_latents(config: Config, machine: Machine, source: Source) -> None:
+    """The data's latents into --out, by the VAE of --init; see `latents.py`."""
+    if not config.init:
+        raise ValueError("--stage latents needs a VAE: give --init FOLDER, with vae/ in it")
+    vae = VAE.from_folder(part_folder(config, "vae")).requires_grad_(False).eval()
+    stop = StopSignal()
+    done = write_cache(
+        source, vae.to(machine.device), config.out, config.data, machine.rank, machine.world_size,
+        config.workers, config.max_bad, machine.autocast, lambda: stop.asked,
+    )  # fmt: skip
+    stop.restore()
+    if machine.rank == 0:
+        print(f"{config.out} is written: --data {config.out} trains on it" if done else
+              "stopped: the same command goes on from there", flush=True)  # fmt: skip
+
+
+def inspect_data(config: Config, machine: Machine, source: Source) -> None:
+    """What a training would see, in words, and on a sheet in --out."""
+    if machine.rank > 0:
+        return
+    text, sheet = inspect(source)
+    print(text, flush=True)
+    if sheet:
+        path = Path(config.out) / "inspect.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+        print(f"the sheet is {path}", flush=True)
 
 
 def part_folder(config: Config, part: str) -> Path:
@@ -214,6 +255,7 @@ def unet_stage(
         ),
     ).to(machine.device)  # fmt: skip
     model.latent_size(config.height, config.width)  # raises before anything is trained
+    check_vae(source, model.vae)
     folder = Path(config.out) / name
 
     def is_image_step(step: int) -> bool:
@@ -256,7 +298,7 @@ BUILD: dict[str, Callable[..., Stage]] = {
 # ------------------------------------------------------------------------------------- the pictures
 def show_images(model: PixelDance, held_out: Source, seed: int):
     """A sheet of single frames: a row of eight seeds for each of six held-out captions."""
-    captions = [held_out.clip(n).caption for n in range(6)]
+    captions = [held_out.frame(n).caption for n in range(6)]
     frames = to_frames(sample_frames(model, captions * 8, frames=1, seed=seed))
     rows = frames.unflatten(0, (8, 6)).transpose(0, 1).flatten(1, 2)  # (8 6) 1 -> 6 8
     return film_strip(list(rows), captions)
@@ -266,21 +308,29 @@ def show_clips(model: PixelDance, held_out: Source, seed: int, count: int = 3, *
     """Held-out captions, each from text alone, with the first frame, with the last one as well."""
     clips = [held_out.clip(n) for n in range(count)]
     captions = [clip.caption for clip in clips]
-    pixels = to_pixels(torch.stack([clip.frames for clip in clips])).to(model.device)
+    pixels = pixels_of(model, torch.stack([clip.frames for clip in clips]).to(model.device))
+    frames = to_frames(pixels).cpu()
     first, last = pixels[:, 0], pixels[:, -1]
     given = {"text": (None, None), "text, first": (first, None), "text, first, last": (first, last)}
     rows, titles, firsts, lasts = [], [], [], []
     made = {
-        name: to_frames(sample_frames(model, captions, *frames, seed=seed, **settings))
-        for name, frames in given.items()
+        name: to_frames(sample_frames(model, captions, *asked, seed=seed, **settings))
+        for name, asked in given.items()
     }
     for n, caption in enumerate(captions):
         for name, (I_first, I_last) in given.items():
             rows.append(made[name][n])
             titles.append(f"{caption} ({name})")
-            firsts.append(None if I_first is None else clips[n].frames[0])
-            lasts.append(None if I_last is None else clips[n].frames[-1])
+            firsts.append(None if I_first is None else frames[n, 0])
+            lasts.append(None if I_last is None else frames[n, -1])
     return film_strip(rows, titles, first=firsts, last=lasts)
+
+
+def pixels_of(model: PixelDance, frames: Tensor) -> Tensor:
+    """What a source gave, uint8 (b, f, 3, H, W) or moments (b, f, 8, h, w), as pixels."""
+    if frames.dtype == torch.uint8:
+        return to_pixels(frames)
+    return model.vae.decode_video(frames.float().chunk(2, dim=2)[0]).clamp(-1, 1)
 
 
 def psnr(x: Tensor, y: Tensor) -> float:

@@ -5,7 +5,7 @@ laptop and under torchrun on many machines the same; what it trains is a `Stage`
 has those of the real pipeline.
 
 Read before: `unet.py`. Read after: `checkpoints.py`, `stages.py`, `train.py`.
-Not here: latents cached on disk; weights sharded over devices (the optimizer's state can be).
+Not here: weights sharded over devices (the optimizer's state can be).
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -31,7 +32,8 @@ from tqdm import tqdm
 from tinydance.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image, sketch
 from tinydance.config import Config, autocast, choose_device, choose_dtype
-from tinydance.data import Batch
+from tinydance.data import COUNTED, Batch, Quota, said
+from tinydance.latents import draw_latents
 from tinydance.model import PixelDance
 from tinydance.noise import draw, generator
 from tinydance.schedulers import add_noise, target
@@ -49,10 +51,12 @@ class DiffusionLoss(nn.Module):
         self.alpha_bar = model.schedule.alpha_bar
 
     def forward(self, pixels: Tensor, captions: list[str], numbers: list[int]) -> Tensor:
-        """pixels (b, f, 3, H, W); numbers: the samples', from which all their randomness comes."""
+        """pixels (b, f, 3, H, W), or moments (b, f, 8, h, w) from a cache of latents; numbers: the
+        samples', from which all their randomness comes."""
         f, device, config = pixels.shape[1], pixels.device, self.config
-        h, w = self.model.latent_size(*pixels.shape[-2:])
         c = self.model.vae.config["latent_channels"]
+        cached = pixels.shape[2] == 2 * c
+        h, w = pixels.shape[-2:] if cached else self.model.latent_size(*pixels.shape[-2:])
         generators = [generator("train", config.seed, n) for n in numbers]
         u = torch.stack([torch.rand(4, generator=g) for g in generators])  # b 4, uniform
         t = (u[:, 0] * config.num_train_timesteps).long()
@@ -62,7 +66,8 @@ class DiffusionLoss(nn.Module):
 
         # The borrowed organs are frozen: "the weights of pre-trained text encoder and VAE model
         # are frozen during training" [paper §4.1].
-        z_0 = self.model.vae.encode_video(pixels, draw(generators, f, c, h, w, device=device))
+        encode = draw_latents if cached else self.model.vae.encode_video
+        z_0 = encode(pixels, draw(generators, f, c, h, w, device=device))
         texts = [caption if keep else "" for caption, keep in zip(captions, keep_text.tolist())]
         c_text = self.model.encode_text(texts)
 
@@ -200,7 +205,8 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
     A run that stopped and goes on equals a straight one: every random number is a function of
     (seed, step, sample), so a step needs no more than the weights, their averages and Adam's state.
     Raises Interrupted after SIGTERM, SIGUSR1 or Ctrl-C, saved at the current step; ValueError
-    after `max_skips` steps in a row whose gradients are not finite; OSError where the disk is full.
+    after `max_skips` steps in a row whose gradients are not finite, or where too many samples are
+    bad (see `data.Quota`); OSError where the disk is full.
     """
     objective, trained, steps = stage.objective, stage.trained, stage.steps
     folder = Path(config.out) / stage.name
@@ -212,7 +218,7 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
         return ema
     step_loss = machine.distribute(objective, trained)
 
-    stop, skipped = StopSignal(), 0
+    stop, skipped, quota = StopSignal(), 0, Quota(config.max_bad)
     log = Log(stage.name, folder, start, steps) if machine.rank == 0 else None
     for waited, batch in timed(stage.stream(start, steps)):
         step, dropout = batch.step, generator("dropout", config.seed, batch.step, machine.rank)
@@ -229,11 +235,14 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
         update_ema(ema, trained, step, config.ema)
         # ---------------------------------------------------------------------------
         skipped = 0 if math.isfinite(norm) else skipped + 1
-        loss, waited, stopping = machine.mean(loss, waited, float(stop.asked))
+        counts = [batch.counts[name] for name in COUNTED]
+        loss, waited, stopping, *counts = machine.mean(loss, waited, float(stop.asked), *counts)
+        counts = {name: round(n * machine.world_size) for name, n in zip(COUNTED, counts) if n}
         done = step + 1
         last = done == steps or stopping > 0
         if log:
-            log.step(done, loss, float(norm), rate, waited, images=batch.frames.shape[1] == 1)
+            log.step(done, loss, float(norm), rate, waited, batch.frames.shape[1] == 1, counts)
+        quota.add(len(batch.numbers) * machine.world_size, counts)
         if skipped == config.max_skips:
             raise ValueError(f"{skipped} steps in a row without finite gradients; "
                              f"the last, {done}, had {', '.join(batch.names)}")  # fmt: skip
@@ -270,7 +279,8 @@ def backward(step_loss: nn.Module, batch: Batch, micro: int, machine: Machine) -
     count, total = len(batch.captions), 0.0
     for i in range(0, count, micro):
         part, more = slice(i, i + micro), i + micro < count
-        pixels = to_pixels(batch.frames[part].to(machine.device, non_blocking=True))
+        pixels = batch.frames[part].to(machine.device, non_blocking=True)
+        pixels = to_pixels(pixels) if pixels.dtype == torch.uint8 else pixels.float()  # or moments
         alone = step_loss.no_sync() if more and machine.world_size > 1 else contextlib.nullcontext()
         with alone:
             with machine.autocast():
@@ -300,7 +310,8 @@ def timed(items: Iterable) -> Iterator[tuple[float, object]]:
 # Fields that may differ when a run goes on: where and how fast, not what.
 FREE = {"out", "init", "resume", "steps", "guidance", "device", "dtype", "compile", "micro_batch",
         "zero", "timeout", "gradient_checkpointing", "workers", "save_every", "sample_every",
-        "max_skips", "vae_steps", "text_steps", "image_steps", "video_steps"}  # fmt: skip
+        "max_skips", "max_bad", "vae_steps", "text_steps", "image_steps",
+        "video_steps"}  # fmt: skip
 
 
 def resume(folder: Path, config: Config, objective: nn.Module, ema: nn.Module, optimizer) -> int:
@@ -382,12 +393,17 @@ class Log:
         )  # fmt: skip
         self.begun = self.shown = time.time()
         self.smooth, self.waited, self.skipped = math.nan, 0.0, 0
+        self.counts = Counter()
 
-    def step(self, done, loss, norm, rate, waited: float, images: bool) -> None:
-        """waited: seconds of this step that went by until its data were there."""
+    def step(self, done, loss, norm, rate, waited: float, images: bool, counts: dict) -> None:
+        """waited: seconds of this step that went by until its data were there; counts: of samples
+        that were bad, or padded, or without caption."""
         kind, seconds = "image" if images else "clip", time.time() - self.begun
         record = {"step": done, "loss": loss, "grad_norm": norm, "lr": rate, "kind": kind}
         record |= {"seconds": seconds, "waited": waited, "skipped": not math.isfinite(norm)}
+        record |= {"counts": counts} if counts else {}
+        self.counts.update(counts)
+        told = {"samples": said(self.counts)} if self.counts else {}
         self.waited, self.skipped = self.waited + waited, self.skipped + record["skipped"]
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -395,7 +411,7 @@ class Log:
             self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
         data = self.waited / max(seconds, 1e-9)
         self.bar.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{rate:.1e}", data=f"{data:.0%}",
-                             skipped=self.skipped, refresh=False)  # fmt: skip
+                             skipped=self.skipped, **told, refresh=False)  # fmt: skip
         self.bar.update()
         now = time.time()
         if self.bar.disable and (now - self.shown > self.EVERY or done == self.steps):
@@ -404,7 +420,8 @@ class Log:
             left = (self.steps - done) / pace / 60
             print(f"{self.stage} {done}/{self.steps}  loss {self.smooth:.4f}  lr {rate:.1e}  "
                   f"{pace:.2f} steps/s  data {data:.0%}  skipped {self.skipped}  "
-                  f"{left:.1f} min left", flush=True)  # fmt: skip
+                  f"{left:.1f} min left{''.join(f'  {told}' for told in told.values())}",
+                  flush=True)  # fmt: skip
 
     def close(self) -> None:
         self.bar.close()

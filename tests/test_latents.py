@@ -1,0 +1,173 @@
+"""Claims of `tinydance/latents.py`: a cache is the same training, and is never the wrong one."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from reference import difference, tiny_model
+from test_video import make_video
+from tiny_training import tiny_train
+
+from tinydance import latents
+from tinydance.data import Files, Mixture, open_source
+from tinydance.latents import Latents, draw_latents, fingerprint, shard_path, write_cache
+from tinydance.noise import draw, generator
+from tinydance.sources import Folder
+from tinydance.video import to_pixels
+
+SIZE = (16, 16)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Five videos, of which one is shorter than a clip of 4 frames."""
+    root = tmp_path_factory.mktemp("videos")
+    for k, frames in enumerate([60, 15, 110, 75, 50]):
+        make_video(root / f"{k}.mp4", frames=frames, size=(48, 64))
+        (root / f"{k}.txt").write_text(f"a red  circle,\n{k}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    made = tiny_model(timestep_spacing="trailing", prediction_type="v_prediction")
+    made.save(folder)
+    return made, folder
+
+
+@pytest.fixture(scope="module")
+def cache(videos, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / "new"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "SHARD", 2)  # three shards
+        assert write_cache(files(videos), model[0].vae, folder, "videos")
+    return folder
+
+
+def files(root, **how):
+    return Files(Folder(root), SIZE, frames=4, starts="grid", **how)
+
+
+def test_a_cached_clip_is_the_online_one_with_its_own_random_start(videos, model, cache):
+    vae, online, cached = model[0].vae, files(videos, seed=3), Latents(cache, SIZE, 4, seed=3)
+    assert len(cached) == 5
+    starts = set()
+    for n in range(25):
+        for a, b in ((online.clip(n), cached.clip(n)), (online.frame(n), cached.frame(n))):
+            assert a[1:] == b[1:] and a.caption.startswith("a red circle, ")
+            eps = draw([generator("x", n)], len(a.frames), 4, 8, 8)
+            z_0 = vae.encode_video(to_pixels(a.frames[None]), eps)
+            assert b.frames.dtype == torch.float16
+            assert difference(draw_latents(b.frames[None].float(), eps), z_0) < 2e-3
+        starts.add((b.name, tuple(b.frames[0, 0, 0].tolist())))
+    assert len(starts) > 12
+    assert sum(cached.clip(n).counts["padded"] for n in range(5)) == 1
+    rejecting = Latents(cache, SIZE, 4, seed=3, short="reject")
+    assert all(rejecting.clip(n).name != "1.mp4" for n in range(10))
+
+
+def test_training_from_a_cache_has_the_losses_of_training_online(videos, model, cache, tmp_path):
+    common = {"init": str(model[1]), "starts": "grid", "image_every": 3, "video_steps": 6}
+    tiny_train("video", data=str(videos), out=str(tmp_path / "online"), **common)
+    tiny_train("video", data=str(cache), out=str(tmp_path / "cached"), **common)
+    lines = [(tmp_path / name / "video" / "log.jsonl").read_text().splitlines()
+             for name in ("online", "cached")]
+    for one, other in zip(*(map(json.loads, some) for some in lines), strict=True):
+        assert one["kind"] == other["kind"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    assert (tmp_path / "cached" / "video" / "samples" / "step_00000006.png").exists()
+
+
+def test_an_interrupted_cache_goes_on_where_it_stopped(videos, model, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 2)
+    asked = []
+    done = write_cache(files(videos), model[0].vae, tmp_path, "videos",
+                       stopping=lambda: asked.append(1) or len(asked) > 4)
+    assert not done and shard_path(tmp_path, 0).exists() and not shard_path(tmp_path, 1).exists()
+    with pytest.raises(ValueError, match="1 of 3 shards"):
+        Latents(tmp_path, SIZE, 4)
+    begun = os.stat(shard_path(tmp_path, 0)).st_mtime_ns
+    assert write_cache(files(videos), model[0].vae, tmp_path, "videos")
+    assert os.stat(shard_path(tmp_path, 0)).st_mtime_ns == begun
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        path.name for path in cache.iterdir())
+    for path in cache.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_two_ranks_with_workers_write_the_same_cache(videos, model, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 2)
+    for rank in (0, 1):
+        assert write_cache(files(videos), model[0].vae, tmp_path, "videos", rank, 2, workers=rank)
+    for path in cache.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_a_bad_video_is_left_out_and_many_end_the_work(videos, model, tmp_path):
+    shutil.copytree(videos, tmp_path / "mixed")
+    (tmp_path / "mixed" / "bad.mp4").write_bytes(b"no video")
+    assert write_cache(files(tmp_path / "mixed"), model[0].vae, tmp_path / "a", "mixed")
+    assert sorted(Latents(tmp_path / "a", SIZE, 4).rows.names) == [f"{k}.mp4" for k in range(5)]
+    with pytest.raises(ValueError, match="1 not_a_video"):
+        write_cache(files(tmp_path / "mixed"), model[0].vae, tmp_path / "b", "mixed", max_bad=0)
+
+
+def test_a_cache_of_another_vae_or_size_is_refused(videos, model, cache, tmp_path):
+    other = tiny_model().vae
+    with torch.no_grad():
+        other.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
+    assert fingerprint(other) != fingerprint(model[0].vae)
+    with pytest.raises(ValueError, match="a cache with other vae, shards; use another --out"):
+        write_cache(files(videos), other, cache, "videos")
+    with pytest.raises(ValueError, match="a cache with other data, rows"):
+        write_cache(Files(Folder(cache_parent(videos, tmp_path)), SIZE), model[0].vae, cache, "x")
+    with pytest.raises(ValueError, match="made for 16x16 at 4 fps, and this run is 32x16 at 4"):
+        Latents(cache, (32, 16), 4)
+    other_model = tiny_model()
+    other_model.vae = other
+    other_model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="made with another VAE"):
+        tiny_train("video", data=str(cache), init=str(tmp_path / "model"), out=str(tmp_path / "x"))
+    with pytest.raises(ValueError, match="stage vae learns from pixels"):
+        tiny_train("vae", data=str(cache), out=str(tmp_path / "y"))
+    with pytest.raises(ValueError, match="one source of videos"):
+        write_cache(files(videos, crop="random"), model[0].vae, tmp_path / "z", "videos")
+
+
+def cache_parent(videos, tmp_path):
+    """A folder of one of the videos."""
+    (tmp_path / "one").mkdir()
+    shutil.copy(videos / "0.mp4", tmp_path / "one")
+    return tmp_path / "one"
+
+
+def test_caches_are_mixed_with_caches_and_not_with_pixels(videos, cache):
+    both = open_source(f"{cache}:0.9|{cache}:0.1", 4, 4, SIZE)
+    assert isinstance(both, Mixture) and both.clip(0).frames.shape == (4, 8, 8, 8)
+    with pytest.raises(ValueError, match="mix caches with caches"):
+        open_source(f"{cache}:0.9|{videos}:0.1", 4, 4, SIZE)
+    beside = open_source(str(cache), 4, 4, SIZE, images="toyworld")
+    assert beside.clip(0).frames.dtype == torch.float16
+    assert beside.frame(0).frames.dtype == torch.uint8
+
+
+def test_the_stages_latents_and_inspect_say_what_they_did(videos, model, tmp_path, capsys):
+    common = {"data": str(videos), "init": str(model[1])}
+    tiny_train("latents", out=str(tmp_path / "cache"), **common)
+    assert "is written" in capsys.readouterr().out
+    tiny_train("inspect", data=str(tmp_path / "cache"), out=str(tmp_path / "x"))
+    assert "5 videos, 0 without caption" in capsys.readouterr().out
+    (Path(videos) / "bad.mp4").write_bytes(b"no video")
+    tiny_train("inspect", data=str(videos), out=str(tmp_path / "x"))
+    told = capsys.readouterr().out
+    (Path(videos) / "bad.mp4").unlink()
+    for words in ("6 videos, 1 without caption", "the headers of 6 of 6", "1 shorter than a clip",
+                  "1 not_a_video, such as", "0.6 to 4.4", "25 to 25", "a red circle, 3"):
+        assert words in told, told
+    assert (tmp_path / "x" / "inspect.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="needs a VAE: give --init"):
+        tiny_train("latents", data=str(videos), out=str(tmp_path / "y"))

@@ -1,0 +1,384 @@
+"""Claims of `tinydance/sources.py`: rows are found by offset, and nothing hostile is obeyed."""
+
+import csv
+import gzip
+import http.server
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import HERE
+from test_video import SIZE, huge_png, make_video, numbers
+
+from tinydance.data import Files, open_source
+from tinydance.sources import (
+    PICTURE_FILES,
+    Folder,
+    Shards,
+    Table,
+    Texts,
+    confined,
+    open_row,
+    tar_members,
+)
+from tinydance.video import BadSample
+
+
+def bad(source, samples):
+    """What failed on the way to some samples, by reason."""
+    return dict(sum((source.clip(n).counts for n in range(samples)), Counter()))
+
+
+def read(row):
+    with open_row(row) as file:
+        return file.read()
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_many_strings_are_kept_in_two_arrays():
+    words = ["", "a", "caf\u00e9", "\u4e2d\u6587", "", os.fsdecode(b"\xff.mp4")]
+    assert list(Texts(words)) == words and len(Texts(words)) == 6 and len(Texts([])) == 0
+
+
+def test_a_folder_finds_its_files_and_their_captions(tmp_path):
+    for name in ("a.mp4", "b.webm", "inner/c.MOV", "inner/e e.avi", "._a.mp4", "notes.md", "p.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "a.txt").write_text("\ufeffclip 0,\n  caf\u00e9 ", "utf-8")
+    (tmp_path / "inner" / "c.txt").write_bytes(b"latin \xe9")
+    rows = Folder(tmp_path)
+    assert list(rows.names) == ["a.mp4", "b.webm", "inner/c.MOV", "inner/e e.avi"]
+    assert [row.caption for row in rows] == ["clip 0,\n  caf\u00e9 ", "", "latin \ufffd", ""]
+    assert rows.missing_captions == 2 and [read(row) for row in rows] == [
+        name.encode() for name in rows.names]
+    assert list(Folder(tmp_path, PICTURE_FILES).names) == ["p.jpg"]
+
+
+def test_a_folder_without_videos_is_refused_in_one_line(tmp_path):
+    (tmp_path / "notes.md").write_text("not a video")
+    for root, words in {tmp_path / "absent": "no such folder", tmp_path: "no video inside",
+                        tmp_path / "notes.md": "no such folder"}.items():
+        with pytest.raises(ValueError, match=words) as error:
+            Folder(root)
+        assert str(root) in str(error.value) and "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def table(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    return Table(path)
+
+
+def test_a_table_is_text_in_utf_8_with_quotes_over_several_lines(tmp_path):
+    rows = table(tmp_path / "a.csv", "\ufeffcaption,Path,note\r\n"
+                 '"a, ""red"" circle\r\nmoves",000123.mp4,\r\n\r\n'
+                 ',b.mp4,x\r\ncaf\u00e9,c d.mp4,\r\n')
+    assert len(rows) == 3 and rows.missing_captions == 1
+    assert [row.caption for row in rows] == ['a, "red" circle\r\nmoves', "", "caf\u00e9"]
+    assert [row.name for row in rows] == ["000123.mp4", "b.mp4", "c d.mp4"]
+    assert rows[0].path == tmp_path.resolve() / "000123.mp4" and rows.caption(2) == "caf\u00e9"
+
+
+def test_webvids_columns_keep_their_zeros(tmp_path):
+    rows = table(tmp_path / "w.csv", "videoid,contentUrl,duration,page_dir,name\n"
+                 "0012,http://x/12.mp4,PT00H00M12S,000101_000150,A dog\n")
+    assert rows[0].name == "videos/000101_000150/0012.mp4" and rows[0].caption == "A dog"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("path,text\na.mp4,x\n", "no column 'caption' among path, text"),
+    ("", "no column 'path' among none"),
+    ("path,caption\n", "no row below"),
+    ("path,caption\na.mp4,x\nb.mp4,a dog, running\n", "line 3: 3 columns, not 2"),
+    ("path,caption\na.mp4,x\nb.mp4\n", "line 3: 1 columns, not 2"),
+    ('path,caption\na.mp4,"x\ny"\nb.mp4,"never closed\nc.mp4,x\n', "line 4: unexpected end"),
+    ('path,caption\na.mp4,"x"y\n', "line 2"),
+    ("path,caption\na.mp4,caf\u00e9\nb.mp4,\xe9\n".encode("latin-1"), "line 2: not UTF-8"),
+    ("path,caption\na.mp4," + "x" * 200_000 + "\n", "line 2: field larger than field limit"),
+    ("path,caption,start,end\na.mp4,x,2,1\n", "line 2: start 2.0 and end 1.0 are no stretch"),
+    ("path,caption,start\na.mp4,x,soon\n", "line 2: could not convert"),
+])  # fmt: skip
+def test_a_damaged_table_is_refused_with_the_lines_number(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words) as error:
+        table(tmp_path / "a.csv", text)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_start_and_end_bound_what_is_shown(tmp_path):
+    make_video(tmp_path / "v.mp4", frames=200)
+    table(tmp_path / "a.csv", "path,caption,start,end\nv.mp4,x,2,4\nv.mp4,x,6,\n")
+    source = open_source(str(tmp_path / "a.csv"), 4, 4, SIZE)
+    shown = [numbers(source.clip(n).frames) for n in range(40)]
+    early, late = ([clip for clip in shown if (clip[0] < 120) == first] for first in (True, False))
+    assert len(early) == len(late) == 20 and len({clip[0] for clip in shown}) > 25
+    assert min(map(min, early)) >= 50 and max(map(max, early)) < 100 and min(map(min, late)) >= 150
+    long = open_source(str(tmp_path / "a.csv"), 16, 4, SIZE)
+    clips = [numbers(long.clip(n).frames) for n in range(2)]
+    assert sorted(clips)[0] == [50, 56, 62, 68, 75, 81, 87, 93] + [93] * 8  # not the next scene
+    assert bad(long, 2) == {"padded": 2}
+
+
+def test_ten_thousand_rows_are_reached_by_offset_in_any_order(tmp_path):
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "caption"])
+        writer.writerows([f"{k}.mp4", f"{k},\n\u00e9" * (k % 3)] for k in range(10_000))
+    rows = Table(tmp_path / "a.csv")
+    assert len(rows) == 10_000 and rows.offsets.nbytes == 8 * 10_001
+    for k in np.random.default_rng(0).integers(0, 10_000, 300):
+        assert rows[k].name == f"{k}.mp4" and rows[k].caption == f"{k},\n\u00e9" * (k % 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# What leads outside
+
+
+def test_nothing_outside_the_root_is_read_and_no_address_is_opened(tmp_path):
+    """Every hostile row is counted as unsafe, and a server on this machine sees no request."""
+    requests = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+
+        def log_message(self, *arguments):
+            pass
+
+    root = tmp_path / "root"
+    (root / "deeper").mkdir(parents=True)
+    make_video(tmp_path / "secret.mp4", frames=20)
+    shutil.copy(tmp_path / "secret.mp4", root / "good.mp4")
+    (root / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    (root / "folder").symlink_to(tmp_path)
+    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"127.0.0.1:{server.server_port}"
+    hostile = ["../secret.mp4", f"{tmp_path}/secret.mp4", "link.mp4", "folder/secret.mp4",
+               f"http://{host}/a.mp4", f"concat:{tmp_path}/secret.mp4|good.mp4", "pipe:0",
+               f"file:{tmp_path}/secret.mp4", "deeper/../../secret.mp4", "a\0.mp4", "C:\\x.mp4"]
+    with open(root / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path", "caption"], ["good.mp4", ""],
+                                    *([path, "x"] for path in hostile)])
+    playlist = f"#EXTM3U\n#EXTINF:4,\nhttp://{host}/b.mp4\n#EXT-X-ENDLIST\n"
+    (root / "playlist.mp4").write_text(playlist)
+    (root / "list.mp4").write_text(f"ffconcat version 1.0\nfile http://{host}/c.mp4\n")
+    try:
+        source = open_source(str(root / "a.csv"), 2, 4, SIZE)
+        seen = bad(source, 24)
+        assert set(seen) == {"unsafe", "no_caption"} and seen["unsafe"] >= len(hostile)
+        assert {source.clip(n).name for n in range(24)} == {"good.mp4"}
+        folder = open_source(str(root), 2, 4, SIZE)
+        assert {folder.clip(n).name for n in range(12)} == {"good.mp4"}
+        assert set(bad(folder, 12)) == {"unsafe", "not_a_video", "no_caption"}
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert requests == []
+
+
+def test_paths_that_stay_inside_may_take_any_way(tmp_path):
+    root = tmp_path / "Part 1: a"
+    (root / "b").mkdir(parents=True)
+    for name in ("c.mp4", "b/../c.mp4", str(root / "c.mp4"), "Intro: x.mp4", "..c.mp4"):
+        assert confined(root, name).parent == root.resolve()
+    with pytest.raises(BadSample, match="unsafe"):
+        confined(root / "b", "../c.mp4")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(BadSample, match="missing"):
+        open_row(Folder(tmp_path)[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Tar shards
+
+
+def shard(path, members, format=tarfile.PAX_FORMAT):
+    """A tar of (name, bytes), or of (name, type) for what is no plain file."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = content.encode(), "/etc/passwd"
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_that_tarfile_finds(tmp_path, format):
+    deep = "d" * 90 + "/" + "e" * 60 + ".txt"
+    names = ["a.txt", "b/c.txt", deep, "empty.txt", "caf\u00e9.txt"]
+    if format != tarfile.USTAR_FORMAT:
+        names.append("n" * 300 + ".txt")
+    shard(tmp_path / "a.tar", [(name, name.encode() * (name != "empty.txt")) for name in names]
+          + [("dir", "5"), ("link.txt", "2"), ("hard.txt", "1"), ("dev.txt", "3")], format)
+    with open(tmp_path / "a.tar", "rb") as file:
+        found = list(tar_members(file))
+        assert [name for name, _, _ in found] == names
+        for name, offset, size in found:
+            file.seek(offset)
+            assert file.read(size) == name.encode() * (name != "empty.txt")
+
+
+def test_a_number_above_8_gib_is_read_from_its_binary_form():
+    member = tarfile.TarInfo("big.mp4")
+    member.size = 2**40
+    with pytest.raises(ValueError, match="cut within member 1"):
+        list(tar_members(io.BytesIO(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))))
+    with pytest.raises(ValueError, match="cut within member 1"):
+        list(tar_members(io.BytesIO(member.tobuf(tarfile.PAX_FORMAT) + bytes(1024))))
+
+
+def test_shards_pair_by_stem_and_take_the_text_before_the_json(tmp_path):
+    shard(tmp_path / "0.tar", [
+        ("000.mp4", b"A"), ("000.txt", b"one"), ("000.json", b'{"caption": "other"}'),
+        ("001.json", json.dumps({"caption": "tw\u00f6"}).encode()), ("001.MP4", b"BB"),
+        ("sub/000.mp4", b"CCC"), ("003.webm", b"D"), ("003.json", b"[1]"), ("003.jpg", b"thumb"),
+        ("../../004.mp4", b"E"), ("/etc/005.mp4", b"F"), ("006.mp4", "2"), ("007.txt", b"alone"),
+        ("a.b.mp4", b"G"), ("a.b.txt", b"dotted"), ("._x.mp4", b"mac")])  # fmt: skip
+    shard(tmp_path / "1.tar", [("000.mp4", b"H"), ("000.txt", b"next"), ("000.mp4", b"twice")])
+    rows = Shards([tmp_path / "0.tar", tmp_path / "1.tar"])
+    found = {row.name: (read(row), row.caption) for row in rows}
+    assert found == {
+        "0.tar/000.mp4": (b"A", "one"), "0.tar/001.MP4": (b"BB", "tw\u00f6"),
+        "0.tar/sub/000.mp4": (b"CCC", ""), "0.tar/003.webm": (b"D", ""),
+        "0.tar/../../004.mp4": (b"E", ""), "0.tar//etc/005.mp4": (b"F", ""),
+        "0.tar/a.b.mp4": (b"G", "dotted"), "1.tar/000.mp4": (b"H", "next")}  # fmt: skip
+    assert rows.missing_captions == 3 and len(rows.notes) == 1 and "twice" in rows.notes[0]
+    assert sorted(os.listdir(tmp_path)) == ["0.tar", "1.tar"]  # nothing was extracted
+    assert [row.name for row in Shards([tmp_path / "0.tar"], PICTURE_FILES)] == ["0.tar/003.jpg"]
+
+
+def test_a_damaged_shard_gives_what_comes_before_and_says_so(tmp_path):
+    members = [(f"{k}.{kind}", bytes([k]) * 700) for k in range(4) for kind in ("mp4", "txt")]
+    whole = shard(tmp_path / "whole.tar", members).read_bytes()
+    step, cases = 512 + 1024, {}
+    damaged = bytearray(whole)
+    damaged[4 * step + 130] ^= 1
+    cases["damaged"] = damaged, 2, "damaged after 4 members"
+    cases["boundary"] = whole[:4 * step], 2, "cut after 4 members"
+    cases["inside"] = whole[:4 * step + 900], 2, "cut within member 5"
+    cases["gzip"] = gzip.compress(whole), 0, "compressed"
+    cases["empty"] = b"", 0, "cut after 0 members"
+    cases["noise"] = bytes(range(256)) * 9, 0, "damaged after 0 members"
+    for name, (content, count, words) in cases.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        rows = Shards([tmp_path / "whole.tar", tmp_path / f"{name}.tar"])
+        assert len(rows) == 4 + count and len(rows.notes) == 1, name
+        assert words in rows.notes[0] and f"{name}.tar" in rows.notes[0]
+        assert "\n" not in rows.notes[0]
+    with pytest.raises(ValueError, match="no videos in 1 shards.*compressed"):
+        Shards([tmp_path / "gzip.tar"])
+
+
+def test_clips_and_pictures_are_read_out_of_shards(tmp_path):
+    video = make_video(tmp_path / "v.mp4", frames=100).read_bytes()
+    shard(tmp_path / "0.tar", [("a.mp4", video), ("a.txt", b"first"), ("b.mp4", video[:500]),
+                               ("c.mp4", video), ("c.txt", b"third")])
+    source = open_source(str(tmp_path / "0.tar"), 5, 4, SIZE)
+    clips = [source.clip(n) for n in range(12)]
+    assert {clip.name: clip.caption for clip in clips} == {"0.tar/a.mp4": "first",
+                                                            "0.tar/c.mp4": "third"}
+    for clip in clips:
+        shown = numbers(clip.frames)
+        assert all(b - a in (6, 7) for a, b in zip(shown, shown[1:]))
+    assert set(bad(source, 12)) == {"not_a_video"}
+
+
+def test_damage_anywhere_in_a_shard_is_survived(tmp_path):
+    whole = shard(tmp_path / "0.tar", [(f"{'n' * 120}{k}.mp4", bytes(600)) for k in range(6)])
+    data, rng = whole.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        hurt = bytearray(data)
+        for place in rng.integers(0, len(hurt), 6):
+            hurt[place] = rng.integers(256)
+        try:
+            assert len(list(tar_members(io.BytesIO(hurt[:rng.integers(len(hurt))])))) <= 7
+        except ValueError:
+            pass
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """One good picture among bad ones, in a folder."""
+    noise = np.random.default_rng(0).integers(0, 256, (80, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "good.jpg")
+    whole = (tmp_path / "good.jpg").read_bytes()
+    for name, content in {"cut.jpg": whole[:2000], "page.jpg": b"<html></html>", "empty.png": b"",
+                          "big.png": huge_png(9_000), "bomb.png": huge_png(20_000)}.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_pictures_are_replaced_and_counted(pictures):
+    source = Files(Folder(pictures, PICTURE_FILES), (32, 32), pictures=True)
+    clips = [source.frame(n) for n in range(18)]
+    assert {clip.name for clip in clips} == {"good.jpg"}
+    assert all(clip.frames.shape == (1, 3, 32, 32) for clip in clips)
+    seen = sum((clip.counts for clip in clips), Counter())
+    assert set(seen) == {"damaged", "not_a_picture", "too_large", "no_caption"}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_random_crop_of_a_picture_keeps_its_height(pictures):
+    source = Files(Folder(pictures, PICTURE_FILES), (60, 60), crop="random", pictures=True)
+    assert len({source.frame(n).frames.sum().item() for n in range(8)}) > 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_hostile_files_take_no_memory(pictures):
+    """Read in a process that may have 2 GB of addresses, torch's own included."""
+    member = tarfile.TarInfo("a.png")
+    member.size = 2**40
+    (pictures / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(2000))
+    code = f"""
+import resource, sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, {str(HERE.parent)!r})
+from tinydance.data import Files
+from tinydance.sources import PICTURE_FILES, Folder, Shards
+resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30, 2 * 2**30))
+source = Files(Folder({str(pictures)!r}, PICTURE_FILES), (32, 32), pictures=True)
+print(len([source.frame(n) for n in range(12)]))
+try:
+    Shards([{str(pictures / "a.tar")!r}], PICTURE_FILES)
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.stdout.startswith("12\n") and "cut within member 1" in done.stdout, done.stderr
+
+
+def test_a_source_of_pictures_gives_clips_of_one_frame(pictures):
+    source = open_source("toyworld", 4, 4, (32, 32), images=f"{pictures}")
+    assert source.frame(0).frames.shape == (1, 3, 32, 32) and source.clip(0).frames.shape[0] == 4
+    assert torch.equal(source.reseeded(0).frame(3).frames, source.frame(3).frames)
+    assert "good" not in source.words() and "circle" in source.words()
