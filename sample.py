@@ -38,6 +38,7 @@ from tinydance.sampling import Sampling
 from tinydance.story import Shot, check_film, fingerprint, parts_of, read_story, save_film
 from tinydance.video import (
     BadSample,
+    pictures_in,
     read_about,
     read_clip,
     read_header,
@@ -87,6 +88,8 @@ def parse(parser: Parser):
         raise ValueError(f"give the prompt {args.prompt!r} or --prompts {args.prompts}, not both")
     if args.tau is not None and not (args.last or args.edit or args.story):
         raise ValueError(f"tau is {args.tau}, but no --last is given whose steps it would count")
+    if args.t2i and (args.first or args.edit):
+        raise ValueError("--t2i draws a first frame, and one is given: leave one of the two out")
     if args.sketch and not args.last:
         raise ValueError("--sketch draws the edges of --last: give one")
     if args.resume and not args.out:
@@ -149,7 +152,9 @@ def main() -> None:
 # ------------------------------------------------------------------------------- what is asked for
 def videos_to_make(args, model: PixelDance) -> list[list[Shot]]:
     """The shots of every video. Raises ValueError for what does not fit."""
-    size = args.height or model.settings.height, args.width or model.settings.width
+    default = model.settings
+    size = (default.height if args.height is None else args.height,
+            default.width if args.width is None else args.width)  # fmt: skip
     how = Sampling(
         frames=args.frames, size=size, steps=args.steps, guidance=args.guidance, tau=args.tau,
         negative=args.negative, seed=args.seed, sampler=args.sampler, ddim_eta=args.ddim_eta,
@@ -169,7 +174,7 @@ def videos_to_make(args, model: PixelDance) -> list[list[Shot]]:
         firsts, lasts = ([read_image(path, size) for path in paths]
                          for paths in (args.first, args.last))  # fmt: skip
         if args.edit:
-            how, first, last = read_edited(args.edit, how.complete(model), model)
+            how, first, last = read_edited(args.edit, how, model)
             firsts, lasts = firsts or [first], lasts or [last]
         if args.sketch:
             lasts = [to_frames(sketch(to_pixels(picture))) for picture in lasts]
@@ -180,6 +185,9 @@ def videos_to_make(args, model: PixelDance) -> list[list[Shot]]:
                 raise ValueError(f"{len(given)} {name} for {count} videos; give one, or {count}")
             columns.append(given * count if len(given) == 1 else given or [None] * count)
         videos = [[Shot(*row, clips=args.clips, cut=True, how=how)] for row in zip(*columns)]
+    if how.frames not in (None, 1, default.frames):
+        print(f"note: {how.frames} frames a clip, where the model was trained on {default.frames}",
+              file=sys.stderr)  # fmt: skip
     for shots in videos:
         for shot in shots:
             dropped = model.tokenizer.dropped_words(shot.prompt)
@@ -203,22 +211,20 @@ def read_prompts(args) -> list[str]:
 
 
 def read_edited(path: str, how: Sampling, model: PixelDance) -> tuple[Sampling, Tensor, Tensor]:
-    """(settings for as many frames as a video lasts, its first frame, its last one).
+    """(settings for as many frames as the video lasts, its first frame, its last one).
 
     Video editing "by editing the first frame and the last frame of the provided video" [paper
-    §4.5]: what is between is made anew.
+    §4.5]: what is between is made anew. With --frames, the last one is that of their end.
     """
-    fps, frames = model.settings.fps, how.frames
+    fps, size = model.settings.fps, how.complete(model).size
     try:
-        if frames == model.settings.frames:  # not asked for
-            frames = max(2, round(read_header(path).seconds * fps))
-            if frames != model.settings.frames:
-                print(f"note: {path} lasts {frames} frames at {fps} fps; the model was trained on "
-                      f"{model.settings.frames}", file=sys.stderr)  # fmt: skip
-        first, last = (read_clip(path, k / fps, 1, fps, how.size)[0] for k in (0, frames - 1))
+        if how.frames is None:
+            how = replace(how, frames=max(2, pictures_in(read_header(path).seconds, fps)))
+        times = 0, (how.frames - 1) / fps
+        first, last = (read_clip(path, time, 1, fps, size)[0] for time in times)
     except BadSample as error:
         raise ValueError(f"{path}: {error}") from None
-    return replace(how, frames=frames), first, last
+    return how, first, last
 
 
 def names_of(out: str | None, count: int) -> list[str]:

@@ -283,6 +283,17 @@ def test_a_model_folder_keeps_everything(model, tmp_path):
     assert torch.equal(sample_latents(again, prompts), sample_latents(model, prompts))
 
 
+def test_a_folder_from_the_hub_says_how_large_its_pictures_are(model, tmp_path):
+    from tinydance.model import PixelDance
+    from tinydance.weights import read_config, write_config
+
+    model.save(tmp_path)
+    (tmp_path / "pixeldance.json").unlink()
+    assert PixelDance.from_folder(tmp_path).settings.width == 32 * model.vae.stride
+    write_config(tmp_path / "unet", read_config(tmp_path / "unet") | {"sample_size": 96})
+    assert PixelDance.from_folder(tmp_path).settings.height == 96 * model.vae.stride
+
+
 def test_stable_diffusions_single_file_becomes_a_model():
     """Names and shapes of the whole file, on the meta device: nothing is missing or left over."""
     import gzip

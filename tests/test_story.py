@@ -14,9 +14,10 @@ from PIL import Image
 from reference import HERE, difference, tiny_model
 from tiny_training import FIELDS
 
-from tinydance import training
+import sample
+from tinydance import story, training
 from tinydance.conditioning import sketch
-from tinydance.config import make_config
+from tinydance.config import make_config, run_main
 from tinydance.model import SHIPPED
 from tinydance.sampling import Sampling, chain, encode_picture, sample_latents
 from tinydance.story import Shot, film, memory, read_story, storyboard, to_film
@@ -194,38 +195,47 @@ def test_the_shipped_story_lasts_three_minutes_in_the_toy_worlds_words():
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no such signal")
-def test_a_film_that_was_killed_and_resumed_equals_one_in_a_go(model, folder):
-    """SIGKILL after the second of five clips; arrays and mp4 are the same, byte by byte."""
+def test_a_film_that_was_killed_and_resumed_equals_one_in_a_go(
+    model, folder, monkeypatch, capsys
+):
+    """SIGKILL after the second of five clips; what is there before and after, byte by byte."""
     model.save(folder / "model")
-    command = [sys.executable, str(HERE.parent / "sample.py"), "--story", "story.toml"]
-    command += ["--model", "model", "--device", "cpu", "--steps", "4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def run(*arguments):
-        return subprocess.Popen(
-            [*command, *arguments], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    killed = run("--out", "killed.npy")
-    parts = folder / "killed.npy.parts"
+    given = ["--story", "story.toml", "--model", "model", "--device", "cpu", "--out"]
+    killed = subprocess.Popen(
+        [sys.executable, str(HERE.parent / "sample.py"), *given, "film.npy"], cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    parts = folder / "film.npy.parts"
     while len(list(parts.glob("[0-9a-f]*.npy"))) < 2 and killed.poll() is None:
         time.sleep(0.001)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    assert killed.wait() == -signal.SIGKILL and not (folder / "film.npy").exists()
     done = {path: path.stat().st_mtime_ns for path in parts.glob("[0-9a-f]*.npy")}
-    assert killed.returncode == -signal.SIGKILL and 2 <= len(done) < 5
-    assert not (folder / "killed.npy").exists()
+    assert 2 <= len(done) < 5
 
-    refused = run("--out", "killed.npy").communicate()[1]
-    assert "go on with --resume, or begin anew" in refused and len(refused.splitlines()) == 1
-    resumed = run("--out", "killed.npy", "--resume")
-    straight = run("--out", "straight.npy")
-    assert resumed.communicate()[1].count("Traceback") == 0 and not parts.exists()
-    straight.communicate()
-    film, other = (np.load(folder / f"{name}.npy") for name in ("killed", "straight"))
-    assert film.shape == (4 + 3 * 3 + 4, 3, 16, 16) and np.array_equal(film, other)
-    assert (folder / "killed_storyboard.png").exists()
+    monkeypatch.chdir(folder)
+    made, real = [], story.sample_latents
+
+    def counted(*arguments):
+        made.append(arguments)
+        return real(*arguments)
+
+    def run(*arguments):
+        monkeypatch.setattr(story, "sample_latents", counted)
+        monkeypatch.setattr(sys, "argv", ["sample.py", *given, *arguments])
+        run_main(sample.main)
+
+    with pytest.raises(SystemExit):
+        run("film.npy")
+    error = capsys.readouterr().err
+    assert "go on with --resume, or begin anew" in error and len(error.splitlines()) == 1
+    run("film.npy", "--resume")
+    assert len(made) == 5 - len(done) and not parts.exists()
+    run("straight.npy")
+    assert np.load("film.npy").shape == (4 + 3 * 3 + 4, 3, 16, 16)
+    for name in ("{}.npy", "{}_storyboard.png"):
+        film, straight = ((folder / name.format(n)).read_bytes() for n in ("film", "straight"))
+        assert film == straight
 
 
 def test_sketches_are_trained_on_where_they_are_asked_for(monkeypatch):

@@ -18,7 +18,7 @@ from tinydance.clip import TextTower, Tokenizer
 from tinydance.schedulers import Schedule
 from tinydance.unet import UNet
 from tinydance.vae import VAE
-from tinydance.weights import load_into, read_json, vae_from_ldm, write_json
+from tinydance.weights import load_into, read_config, read_json, vae_from_ldm, write_json
 
 # What comes with the package: the toy model, and the image model that its training starts from.
 SHIPPED = Path(__file__).parent / "toy_model"
@@ -62,11 +62,15 @@ class PixelDance:
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"{path} is no folder; give a model folder, with unet/ and vae/ in it")
-        settings = path / "pixeldance.json"
-        known = read_json(settings) if settings.is_file() else {}
+        vae, settings = VAE.from_folder(path / "vae").eval(), path / "pixeldance.json"
+        if settings.is_file():
+            known = read_json(settings)
+        else:  # from the hub: SD 2.1 says 96, its latents' side, and so 768 pixels
+            side = read_config(path / "unet").get("sample_size", 32) * vae.stride
+            known = {"height": side, "width": side}
         return cls(
             unet=UNet.from_folder(path / "unet").eval(),
-            vae=VAE.from_folder(path / "vae").eval(),
+            vae=vae,
             text_tower=TextTower.from_folder(path / "text_encoder").eval(),
             tokenizer=Tokenizer.from_folder(path / "tokenizer"),
             schedule=Schedule.from_folder(path / "scheduler"),

@@ -114,7 +114,9 @@ class Sampling:
         noise_t = default.cond_noise_t if self.cond_noise_t is None else self.cond_noise_t
         model.schedule.timesteps(steps)  # raises for a number of steps that cannot be
         model.latent_size(*size)  # and this for a size
-        tau = count_of("tau", 0.5 if self.tau is None else self.tau, steps)
+        if min(size) < 1:
+            raise ValueError(f"size is {size[0]}x{size[1]}; use 1 or more")
+        tau = tau_in_steps(0.5 if self.tau is None else self.tau, steps)
         if frames < 1:
             raise ValueError(f"frames is {frames}; use 1 or more")
         if not (np.isfinite(guidance) and guidance >= 0):
@@ -133,24 +135,24 @@ class Sampling:
         )  # fmt: skip
 
 
-def count_of(name: str, value: int | float | str, steps: int) -> int:
-    """A number of steps from itself (12, "12") or from a share of them (0.5, "0.5", "50%").
+def tau_in_steps(tau: int | float | str, steps: int) -> int:
+    """tau as a number of steps, from itself (12, "12") or from a share of them (0.5, "0.5", "50%").
 
     Raises ValueError for what is neither, or out of range.
     """
-    count = value
+    count = tau
     try:
-        if isinstance(value, str) and value.endswith("%"):
-            count = float(value[:-1]) / 100
-        elif isinstance(value, str):
-            count = float(value) if "." in value else int(value)
+        if isinstance(tau, str) and tau.endswith("%"):
+            count = float(tau[:-1]) / 100
+        elif isinstance(tau, str):
+            count = float(tau) if "." in tau else int(tau)
         if isinstance(count, float):
             count = round(count * steps) if 0 <= count <= 1 else -1
     except ValueError:
         count = -1
     if not 0 <= count <= steps:
-        raise ValueError(f"{name} is {value}; use 0 to {steps}, the number of steps, or a share "
-                         "of them such as 0.5 or 50%")  # fmt: skip
+        raise ValueError(f"tau is {tau}; use 0 to {steps}, the number of steps, or a share of "
+                         "them such as 0.5 or 50%")  # fmt: skip
     return count
 
 
@@ -201,7 +203,7 @@ def watch(
             yield z_t
         if how.frames == 1:
             return
-        f_first = z_t[:, 0]
+        f_first = z_t[:, 0]  # of the last one, z_0
     yield from run(how.frames, f_first, f_last)
 
 
@@ -268,7 +270,8 @@ def first_frame(
     """
     height, width = how.complete(model).size
     times = max(1, round(image_model.settings.height / min(height, width)))
-    how = replace(how, frames=1, size=(times * height, times * width), cond_noise_t=0)
+    size = times * height, times * width
+    how = replace(how, frames=1, size=size, tau=None, cond_noise_t=0)
     z_0 = sample_latents(image_model, prompts, how=how, numbers=numbers, bar=bar)
     I_first = image_model.vae.decode_video(z_0)[:, 0].clamp(-1, 1)
     return encode_picture(model, F.avg_pool2d(I_first, times))

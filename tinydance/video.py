@@ -328,7 +328,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
                               "choose another name")
     taken = [path] if not folder or path.exists() and any(path.iterdir()) else []
     if folder or path.suffix.lower() == ".npy":
-        taken.append(path.with_suffix(".json"))
+        taken.append(_beside(path))
     for name in taken:
         if name.exists() and not overwrite:
             raise FileExistsError(f"{name} exists already; choose another name or allow "
@@ -386,8 +386,7 @@ def save_video(frames: torch.Tensor | Iterable[torch.Tensor], path: str | Path, 
                 picture.save(grows / f"{k:06d}.png")
         else:
             _write_animation(list(pictures), grows, fps, comment)
-        if folder:
-            path.mkdir(exist_ok=True)
+        if folder and path.exists():  # keeps what is no frame of ours
             for old in path.glob("[0-9]" * 6 + ".png"):
                 old.unlink()
             for picture in sorted(grows.iterdir()):
@@ -395,7 +394,7 @@ def save_video(frames: torch.Tensor | Iterable[torch.Tensor], path: str | Path, 
         else:
             os.replace(grows, path)
         if about and suffix in ("/", ".npy"):
-            write_json(path.with_suffix(".json"), about)
+            write_json(_beside(path), about)
     finally:
         if not unfinished:
             _remove(grows)
@@ -405,16 +404,19 @@ def save_video(frames: torch.Tensor | Iterable[torch.Tensor], path: str | Path, 
 def read_about(path: str | Path) -> dict:
     """What `save_video` was told about a file; {} where it holds nothing of that kind."""
     path = Path(path)
-    if path.suffix in ("", ".npy"):
-        beside = path.with_suffix(".json")
-        return read_json(beside) if beside.exists() else {}
-    if path.suffix == ".mp4":
+    if path.is_dir() or path.suffix.lower() == ".npy":
+        return read_json(_beside(path)) if _beside(path).exists() else {}
+    if path.suffix.lower() == ".mp4":
         with av.open(str(path)) as container:
             comment = container.metadata.get("comment")
     else:
         with Image.open(path) as picture:
             comment = picture.info.get("comment")
     return json.loads(comment) if comment else {}
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def _checked(clip: torch.Tensor) -> torch.Tensor:
