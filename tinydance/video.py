@@ -225,7 +225,7 @@ def read_clip(source: str | Path | BinaryIO, start: float | Callable[[float], fl
     Raises BadSample where the file is no video, or breaks off before it should.
     seek=False decodes from the beginning, which is slow and always right.
     """
-    for seek in (True, False) if seek else (False,):
+    for seek, thrifty in ((True, True), (True, False), (False, False))[0 if seek else 2:]:
         with _open(source) as (container, stream):
             length = _duration(container, stream)
             begin = start(length) if callable(start) else start
@@ -233,7 +233,7 @@ def read_clip(source: str | Path | BinaryIO, start: float | Callable[[float], fl
                 raise BadSample("too_short", f"{length:.2f} s hold no clip from {begin:.2f} s on")
             count = pictures_in(min(end, length) - begin, fps)
             times = [begin + min(k, count - 1) / fps for k in range(frames)]
-            pictures = list(_shown_at(container, stream, times, length, size, at, seek))
+            pictures = list(_shown_at(container, stream, times, length, size, at, seek, thrifty))
         if len(pictures) == frames:
             return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     raise BadSample("damaged", f"{len(pictures)} of {frames} pictures, then the file breaks off")
@@ -255,20 +255,36 @@ def read_all(source: str | Path | BinaryIO, fps: float, size: tuple[int, int], s
         yield read_clip(source, start + first / fps, min(at_once, count - first), fps, size, end)
 
 
-def _shown_at(container, stream, times, length, size, at, seek) -> Iterator[np.ndarray]:
+def _shown_at(container, stream, times, length, size, at, seek, thrifty) -> Iterator[np.ndarray]:
     """Yield the picture on screen at each of `times`, seconds from the beginning, as H W 3.
 
-    Fewer where a seek went too far, as it does in MPEG-TS, or where the file breaks off.
+    Fewer where a seek went too far, as it does in MPEG-TS, where the file breaks off, or where one
+    that was passed over, being `thrifty`, may be the one on screen.
     """
     origin = float((stream.start_time or 0) * stream.time_base)
     times = [origin + time for time in times]
     end = min(times[-1], origin + length) - SLACK
     if seek and times[0] > origin:
         container.seek(int(times[0] / stream.time_base), stream=stream)  # a key frame before
-    for k, frame in enumerate(_on_screen(container.decode(stream), times, end)):
-        if k == 0 and seek and frame.time > times[0] + TINY:
+    early = float(2 / stream.average_rate) if stream.average_rate else inf  # seconds: two frames
+    decoded = _decode_thriftily(container, stream, times, early) if thrifty else container.decode(
+        stream)
+    for time, frame in zip(times, _on_screen(decoded, times, end)):
+        if seek and frame.time > time + TINY or thrifty and frame.time < time - early:
             return
         yield _picture(frame, size, at)
+
+
+def _decode_thriftily(container, stream, times, early):
+    """Decode what may be shown: in H.264, pass over what no other frame refers to and comes neither
+    at one of `times` nor `early` seconds before: a third of the work, and nothing else changes."""
+    tick = float(stream.time_base)
+    for packet in container.demux(stream):
+        now = None if packet.pts is None else packet.pts * tick
+        needed = now is None or any(time - early <= now <= time + TINY for time in times)
+        if stream.codec_context.name == "h264":
+            stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
+        yield from packet.decode()
 
 
 def _on_screen(decoded, times, end):
