@@ -1,0 +1,78 @@
+"""What the notebooks show things with: a clip that moves, a film strip, a piece of the library.
+
+An animated PNG is an ordinary `image/png`, so a clip moves wherever a notebook is shown. Code is
+never copied into a notebook: `code` prints it from the library, and fails where it is gone.
+Not here: anything that computes. `checks.py` grades the exercises, `run.py` runs the notebooks.
+"""
+
+import inspect
+import io
+import os
+import textwrap
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import Image, Markdown
+from PIL import Image as Picture
+from torch import Tensor
+
+from tinydance.video import film_strip
+
+FAST = os.environ.get("TINYDANCE_FAST") == "1"  # the tests' switch: smaller numbers, same cells
+
+plt.rcParams.update({
+    "figure.figsize": (7, 2.8), "figure.dpi": 90, "figure.constrained_layout.use": True,
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.alpha": 0.3, "lines.linewidth": 1.6, "legend.frameon": False, "image.cmap": "viridis",
+})  # fmt: skip
+
+
+def play(*clips, fps: float = 4, scale: int = 4) -> Image:
+    """Clips, uint8 (f, 3, H, W), side by side and moving, each pixel `scale` pixels wide."""
+    clips = [torch.as_tensor(clip) for clip in clips]
+    gap = torch.full((*clips[0].shape[:3], 2), 255, dtype=torch.uint8)
+    row = torch.cat([part for clip in clips for part in (clip, gap)][:-1], dim=-1)
+    large = row.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    first, *rest = (Picture.fromarray(frame) for frame in large.permute(0, 2, 3, 1).numpy())
+    file = io.BytesIO()
+    first.save(file, "PNG", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    return Image(file.getvalue())
+
+
+def strip(clips: list, captions: list[str] | None = None, every: int = 2, **given) -> Picture.Image:
+    """Rows of every `every`-th frame: `tinydance.video.film_strip`, at a notebook's size.
+
+    256 colours: a third of the bytes, and noise is most of what a notebook on diffusion saves.
+    """
+    clips = [torch.as_tensor(clip) for clip in clips]
+    return film_strip(clips, captions, every, **({"scale": 2} | given)).quantize(256)
+
+
+def code(thing, first: str = "", last: str = "") -> Markdown:
+    """The library's own lines, or those from one that holds `first` to one that holds `last`.
+
+    Raises ValueError where there is no such line.
+    """
+    lines = textwrap.dedent(inspect.getsource(thing)).splitlines()
+    begin = _line(lines, first, 0) if first else 0
+    end = _line(lines, last, begin) if last else len(lines) - 1
+    part = textwrap.dedent("\n".join(lines[begin : end + 1]))
+    name = os.path.basename(inspect.getsourcefile(thing))
+    return Markdown(f"`{name}`, `{thing.__qualname__}`\n\n```python\n{part}\n```")
+
+
+def _line(lines: list[str], words: str, begin: int) -> int:
+    for number in range(begin, len(lines)):
+        if words in lines[number]:
+            return number
+    raise ValueError(f"no line has {words!r} any more")
+
+
+def tiles(x: Tensor, title: str, axes=None) -> None:
+    """Latents (f, h, w) as a row of f grey tiles."""
+    axes = axes or plt.subplots(figsize=(9, 0.9))[1]
+    f, h, w = x.shape
+    padded = torch.nn.functional.pad(x, (1, 1), value=float("nan"))  # a white line between tiles
+    axes.imshow(padded.permute(1, 0, 2).reshape(h, f * (w + 2)), cmap="gray", vmin=-3, vmax=3)
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.axis("off")

@@ -1,0 +1,27 @@
+"""Solutions of notebook 08, in its order."""
+
+import numpy as np
+
+from tinydance import evaluate
+from tinydance.toyworld import parse, referee
+
+# %% 1
+def my_standard_error(k, n):
+    return (k / n * (1 - k / n) / n) ** 0.5
+
+
+# %% 2
+def my_paired(a, b):
+    difference = a - b
+    return float(difference.mean()), float(difference.std() / len(a) ** 0.5)
+
+
+# %% 3
+def my_last_error(made, truth):
+    return float(np.linalg.norm(referee(made).track[-1] - referee(truth).track[-1]))
+
+
+# %% 4
+def my_way_back(caption):
+    motion = parse(caption)["motion"]
+    return caption.replace(motion, evaluate.BACK[motion])
