@@ -57,7 +57,7 @@ def code(thing, first: str = "", last: str = "") -> Markdown:
     begin = _line(lines, first, 0) if first else 0
     end = _line(lines, last, begin) if last else len(lines) - 1
     part = textwrap.dedent("\n".join(lines[begin : end + 1]))
-    name = os.path.basename(inspect.getsourcefile(thing))
+    name = os.path.basename(inspect.getsourcefile(inspect.unwrap(thing)))
     return Markdown(f"`{name}`, `{thing.__qualname__}`\n\n```python\n{part}\n```")
 
 
