@@ -1,0 +1,250 @@
+"""The course: every notebook runs, every check tells a stub from a solution, no name has gone."""
+
+import ast
+import builtins
+import keyword
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+COURSE = ROOT / "notebooks"
+sys.path.insert(0, str(COURSE))
+try:
+    import checks
+    import course
+    import run
+except ImportError as error:
+    pytest.skip(f"{error}: pip install -e .[notebooks]", allow_module_level=True)
+
+NOTEBOOKS = sorted(COURSE.glob("[0-9]*.ipynb"))
+SAVED = {path.stem: run.read(path) for path in NOTEBOOKS}
+each_notebook = pytest.mark.parametrize("name", SAVED)
+
+
+def cells(notebook, kind: str) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == kind]
+
+
+def tagged(notebook, tag: str) -> list:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def said(cell) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+# ------------------------------------------------------------------------------------ they run
+@each_notebook
+def test_it_runs_in_a_kernel_where_stubs_fail_their_checks_and_solutions_pass(name):
+    path = COURSE / f"{name}.ipynb"
+    notebook = run.with_solutions(run.read(path), run.solutions(path), stubs=True)
+    run.execute(notebook, fast=True)
+    verdicts = [said(cell) for cell in tagged(notebook, "check")]
+    stubs, solved = verdicts[::2], verdicts[1::2]
+    assert len(stubs) == len(solved) >= 3
+    for verdict in stubs:
+        assert verdict.startswith("not yet: "), verdict
+    for verdict in solved:
+        assert verdict.startswith("right: "), verdict
+
+
+def test_a_notebook_is_saved_in_one_form(tmp_path):
+    for number in (1, 2):
+        run.save(run.read(NOTEBOOKS[0]), tmp_path / f"{number}.ipynb")
+    assert (tmp_path / "1.ipynb").read_bytes() == NOTEBOOKS[0].read_bytes()
+    assert (tmp_path / "2.ipynb").read_bytes() == NOTEBOOKS[0].read_bytes()
+
+
+def test_an_unknown_notebook_is_refused_by_name():
+    with pytest.raises(ValueError, match="07_directing"):
+        run.notebooks(["77"])
+
+
+def test_only_what_a_student_sees_is_saved(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--save", "--solutions"])
+    with pytest.raises(ValueError, match="without --fast or --solutions"):
+        run.main()
+
+
+def test_without_the_package_the_first_cell_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "course", None)
+    exec(cells(SAVED["00_the_whole_path"], "code")[0].source, {})
+    shown = capsys.readouterr().out
+    assert "pip install -e .[notebooks]" in shown and "--no-deps" in shown and "torch" in shown
+
+
+# ------------------------------------------------------------------------- how they are made
+@each_notebook
+def test_it_is_small_and_has_exercises_in_pairs_with_their_checks(name):
+    notebook = SAVED[name]
+    assert (COURSE / f"{name}.ipynb").stat().st_size < 1_000_000
+    assert len(notebook.cells) <= 60
+    for cell in cells(notebook, "code"):
+        assert len(cell.source.splitlines()) <= 30, cell.source
+    assert 3 <= len(tagged(notebook, "exercise")) <= 5
+    for before, after in zip(notebook.cells, notebook.cells[1:]):
+        assert ("exercise" in before.metadata.get("tags", [])) == (
+            "check" in after.metadata.get("tags", [])
+        )
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+
+@each_notebook
+def test_its_first_cell_is_that_of_all(name):
+    first = [cells(notebook, "code")[0].source for notebook in (SAVED[name], *SAVED.values())]
+    assert len(set(first)) == 1
+
+
+@each_notebook
+def test_its_saved_outputs_are_there_and_tell_nothing_of_the_machine(name):
+    shown = 0
+    for cell in cells(SAVED[name], "code"):
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr", cell.source
+            words = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+            assert not re.search(r"/tmp|/home|/root|/Users|\\Users|site-packages", words), words
+            shown += "image/png" in output.get("data", {})
+    assert shown >= 1, "no picture: python notebooks/run.py --save"
+
+
+@each_notebook
+def test_the_papers_words_are_few_and_say_from_where(name):
+    for cell in cells(SAVED[name], "markdown"):
+        for quote in re.findall(r"(?:^>.*\n?)+", cell.source, re.M):
+            assert len(quote.split()) < 60, quote
+            assert re.search(r"\((§|abstract|Fig)", quote), quote
+
+
+# ------------------------------------------------------------------------ what they speak of
+def library_names() -> set[str]:
+    """Every name that the package and the notebooks' own files define or use."""
+    names = set(keyword.kwlist) | set(dir(builtins)) | set(dir(torch)) | set(dir(torch.Tensor))
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tinydance/*.py"), *COURSE.glob("*.py")]
+    for file in files:
+        names.add(file.stem)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for field in ("name", "id", "attr", "arg"):
+                value = getattr(node, field, None)
+                names |= {value} if isinstance(value, str) else set()
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names |= set(re.findall(r"\w+", node.value))
+    return names
+
+
+LIBRARY = library_names()
+
+
+def gone(text: str, here: set[str], folder: Path) -> list[str]:
+    """Links to no file, and `names` in backquotes that neither the library nor `here` has."""
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    found = []
+    for link in re.findall(r"\]\(([^)#\s]+)\)", text):
+        if "://" not in link and not (folder / link).exists():
+            found.append(link)
+    for word in re.findall(r"`([^`\n]+)`", text):
+        if re.fullmatch(r"[\w/]+\.(py|md|json|ipynb)", word):
+            places = (ROOT, ROOT / "tinydance", ROOT / "tests", COURSE)
+            found += [] if any((place / word).exists() for place in places) else [word]
+        elif re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", word):
+            parts = word.removesuffix("()").split(".")
+            found += [] if all(part in LIBRARY | here for part in parts) else [word]
+    return found
+
+
+@each_notebook
+def test_every_file_and_name_that_it_speaks_of_is_there(name):
+    own = set()
+    for cell in cells(SAVED[name], "code"):
+        own |= set(re.findall(r"[A-Za-z_]\w*", cell.source))
+    for cell in cells(SAVED[name], "markdown"):
+        assert gone(cell.source, own, COURSE) == [], cell.source
+
+
+def test_the_search_for_names_finds_what_is_gone():
+    text = "`schedulers.py` `nothing.py` `add_noise` `add_noize()` [a](README.md) [b](nowhere.md)"
+    assert gone(text, set(), ROOT) == ["nowhere.md", "nothing.py", "add_noize()"]
+
+
+def test_the_teachers_page_lists_every_notebook_and_where_each_fact_is_taught():
+    text = (COURSE / "README.md").read_text(encoding="utf-8")
+    assert gone(text, set(), COURSE) == []
+    for path in NOTEBOOKS:
+        assert f"({path.name})" in text
+    facts = re.findall(r"^\d+\. .*\[(.+?)\]\(([\w.]+\.ipynb)\)", text, re.M)
+    assert len(facts) == 10
+    for heading, name in facts:
+        headings = re.findall(r"^#+ (.+)$", "\n".join(
+            cell.source for cell in cells(SAVED[Path(name).stem], "markdown")), re.M)  # fmt: skip
+        assert heading in headings, (heading, name)
+
+
+# -------------------------------------------------------------------------- what checks say
+def verdict(check, answer, capsys) -> str:
+    check(answer)
+    return capsys.readouterr().out
+
+
+WRONG = [
+    (checks.add_noise, lambda z, e, a: a * z + (1 - a) * e, "both square roots are missing"),
+    (checks.add_noise, lambda z, e, a: a**0.5 * z - (1 - a) ** 0.5 * e, "added, not taken away"),
+    (checks.add_noise, lambda z, e, a: z.sum(), "its shape is ()"),
+    (checks.add_noise, lambda z, e, a: undefined, "raises NameError"),  # noqa: F821
+    (checks.f_last, lambda z, back: z[torch.arange(len(z)), -back], "one too late"),
+    (checks.unet_input, lambda z, c: torch.cat([z, c], 1), "along the frames"),
+    (checks.guidance, lambda u, c, w: c + w * (c - u), "w = 1 is not off"),
+    (checks.switch, lambda i, tau, c, free: c if i <= tau else free, "one step too long"),
+    (checks.attention, lambda q, k, v: (q @ k.mT).softmax(-1) @ v, "not divided by sqrt(d)"),
+    (checks.ema, lambda a, w, d: (1 - d) * a + d * w, "the *old* average"),
+]
+
+
+@pytest.mark.parametrize("check, answer, words", WRONG, ids=[words for *_, words in WRONG])
+def test_a_check_names_the_mistake(check, answer, words, capsys):
+    shown = verdict(check, answer, capsys)
+    assert shown.startswith("not yet: ") and words in shown, shown
+
+
+GRADED = re.findall(r"checks\.(\w+)\(", "\n".join(
+    cell.source for notebook in SAVED.values() for cell in tagged(notebook, "check")))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_the_library_is_right_and_every_known_mistake_is_named(name, monkeypatch, capsys):
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "compare", lambda yours, *rest: asked.append(rest))
+        getattr(checks, name)(None)
+    [(library, cases, mistakes)] = asked
+    checks.compare(library, library, cases, mistakes)
+    assert capsys.readouterr().out.startswith("right: ")
+    for reason, mistake in mistakes.items():
+        checks.compare(mistake, library, cases, mistakes)
+        assert capsys.readouterr().out == f"not yet: {reason}\n"
+
+
+@pytest.mark.parametrize("answer, words", [
+    (lambda x: -x, "the sign is wrong"),
+    (lambda x: 3 * x, "3 times what it should be"),
+    (lambda x: x.sqrt(), "a square root too many"),
+    (lambda x: x**2, "a square root is missing"),
+    (lambda x: x.T, "another order"),
+    (lambda x: x.flip(1), "axis 1 runs backwards"),
+    (lambda x: x.double(), "it is torch.float64"),
+    (lambda x: x + torch.eye(3, 4), "of its numbers differ; at (0, 0)"),
+    (lambda x: x / 0, "infinite"),
+    (lambda x: 1.0, "a float, and it should be a tensor"),
+    (lambda x: None, "returns nothing"),
+])  # fmt: skip
+def test_a_check_says_what_differs(answer, words, capsys):
+    checks.compare(answer, lambda x: x, [(torch.rand(3, 4) + 0.1,)])
+    shown = capsys.readouterr().out
+    assert shown.startswith("not yet: ") and words in shown, shown
+
+
+def test_a_line_that_the_library_no_longer_has_is_an_error():
+    with pytest.raises(ValueError, match="no line has 'no such words'"):
+        course.code(course.play, "no such words")
