@@ -23,9 +23,10 @@ A clip is made from three instructions: text, the first frame and, if wanted, th
 Letters: b batch, f frames, c channels, h w height and width of latents, H W of pixels, l text
 tokens, d width. DDIM's own eta is ddim_eta; w = 1 switches guidance off.
 
-Read in this order: schedulers, conditioning, noise, sampling, model, unet, training, checkpoints,
-stages, train.py, vae, clip, weights, data, toyworld, video, config, sample.py, evaluate; then the
-tests of conditioning, sampling and training, which are the claims, executable.
+Read in this order: schedulers, conditioning, noise, sampling, story, model, unet, training,
+checkpoints, stages, train.py, vae, clip, weights, data, sources, latents, inspection, toyworld,
+video, config, sample.py, evaluate, figures; then the tests of conditioning, sampling and training,
+which are the claims, executable.
 """
 
 __version__ = "0.1.0"
