@@ -16,6 +16,7 @@ from tinydance.data import Files, Mixture, open_source
 from tinydance.latents import Latents, draw_latents, fingerprint, shard_path, write_cache
 from tinydance.noise import draw, generator
 from tinydance.sources import Folder
+from tinydance.stages import pixels_of
 from tinydance.video import to_pixels
 
 SIZE = (16, 16)
@@ -80,6 +81,15 @@ def test_training_from_a_cache_has_the_losses_of_training_online(videos, model, 
         assert one["kind"] == other["kind"]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
     assert (tmp_path / "cached" / "video" / "samples" / "step_00000006.png").exists()
+
+
+def test_cached_clips_are_shown_as_pixels_also_in_bfloat16(videos, model, cache):
+    online, cached = files(videos), Latents(cache, SIZE, 4)
+    with torch.autocast("cpu", torch.bfloat16):  # on CPUs it knows no float16
+        shown = pixels_of(model[0], [cached.clip(n).frames for n in range(5)])
+    assert shown.shape == (5, 4, 3, *SIZE)
+    frames = [online.clip(n).frames for n in range(5)]
+    assert torch.equal(pixels_of(model[0], frames), to_pixels(torch.stack(frames)))
 
 
 def test_an_interrupted_cache_goes_on_where_it_stopped(videos, model, cache, tmp_path, monkeypatch):

@@ -90,8 +90,7 @@ class Latents(Files):
             raise video.BadSample("too_short", f"{self.rows.names[i]} {count / self.fps:.2f} s")
         first += int(draw.random() * (max(0, spare) + 1))  # as Files with starts on the grid
         moments = load_safetensors(shard_path(self.rows.folder, shard))["moments"]
-        moments = moments[first:first + min(count, frames)]
-        moments = torch.cat([moments, moments[-1:].expand(max(0, -spare), -1, -1, -1)])
+        moments = moments[first + torch.arange(frames).clamp(max=count - 1)]  # the last, repeated
         counts = Counter(padded=int(spare < 0), no_caption=int(not caption))
         return Clip(moments, caption, self.rows.names[i], counts)
 

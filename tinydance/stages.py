@@ -308,7 +308,7 @@ def show_clips(model: PixelDance, held_out: Source, seed: int, count: int = 3, *
     """Held-out captions, each from text alone, with the first frame, with the last one as well."""
     clips = [held_out.clip(n) for n in range(count)]
     captions = [clip.caption for clip in clips]
-    pixels = pixels_of(model, torch.stack([clip.frames for clip in clips]).to(model.device))
+    pixels = pixels_of(model, [clip.frames for clip in clips])
     frames = to_frames(pixels).cpu()
     first, last = pixels[:, 0], pixels[:, -1]
     given = {"text": (None, None), "text, first": (first, None), "text, first, last": (first, last)}
@@ -326,11 +326,12 @@ def show_clips(model: PixelDance, held_out: Source, seed: int, count: int = 3, *
     return film_strip(rows, titles, first=firsts, last=lasts)
 
 
-def pixels_of(model: PixelDance, frames: Tensor) -> Tensor:
-    """What a source gave, uint8 (b, f, 3, H, W) or moments (b, f, 8, h, w), as pixels."""
-    if frames.dtype == torch.uint8:
-        return to_pixels(frames)
-    return model.vae.decode_video(frames.float().chunk(2, dim=2)[0]).clamp(-1, 1)
+def pixels_of(model: PixelDance, clips: list[Tensor]) -> Tensor:
+    """What a source gave, uint8 (f, 3, H, W) or moments (f, 8, h, w), as pixels (b, f, 3, H, W)."""
+    if clips[0].dtype == torch.uint8:
+        return to_pixels(torch.stack(clips)).to(model.device)
+    moments = torch.stack([clip.float() for clip in clips]).to(model.device)
+    return model.vae.decode_video(moments.chunk(2, dim=2)[0]).clamp(-1, 1)
 
 
 def psnr(x: Tensor, y: Tensor) -> float:
