@@ -144,6 +144,8 @@ def test_a_cache_of_another_vae_or_size_is_refused(videos, model, cache, tmp_pat
         tiny_train("video", data=str(cache), init=str(tmp_path / "model"), out=str(tmp_path / "x"))
     with pytest.raises(ValueError, match="stage vae learns from pixels"):
         tiny_train("vae", data=str(cache), out=str(tmp_path / "y"))
+    with pytest.raises(ValueError, match="--sketch draws from pixels"):
+        tiny_train("video", data=str(cache), out=str(tmp_path / "y"), sketch=True)
     with pytest.raises(ValueError, match="one source of videos"):
         write_cache(files(videos, crop="random"), model[0].vae, tmp_path / "z", "videos")
 

@@ -63,9 +63,10 @@ def train(config: Config, stage: str = "all") -> None:
     for name in STAGES if stage == "all" else [stage]:
         if stage == "all" and getattr(config, f"{name}_steps") == 0:
             continue  # --init brings it
-        if name in ("vae", "text") and caches(source):
-            raise ValueError(f"stage {name} learns from pixels, not from latents: give --data "
-                             f"another than {config.data}")  # fmt: skip
+        if caches(source) and (name in ("vae", "text") or config.sketch):
+            what = "--sketch draws" if config.sketch else f"stage {name} learns"
+            raise ValueError(f"{what} from pixels, not from latents: give --data another than "
+                             f"{config.data}")  # fmt: skip
         if config.resume == "none" and machine.rank == 0:
             set_aside(Path(config.out) / name)
         machine.wait()
