@@ -797,7 +797,7 @@ def join(yours: Callable) -> None:
 
 def tau(yours: Callable) -> None:
     def right(value, steps):
-        return sampling.count_of("tau", value, steps)
+        return sampling.tau_in_steps(value, steps)
 
     compare(yours, right, [("50%", 16), (12, 50), ("30%", 16), ("100%", 7), (0, 16)], {
         "a percent is a hundredth": lambda value, steps: (
