@@ -1,4 +1,4 @@
-"""A tiny training in which rank 1 fails once: `python faulty_training.py FAULT STEP field=value ...`
+"""A tiny training in which rank 1 fails once: `faulty_training.py FAULT STEP field=value ...`
 
 FAULT: kill, raise, hang or nan, when STEP steps of the video stage are done.
 """

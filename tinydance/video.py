@@ -276,8 +276,8 @@ def _shown_at(container, stream, times, length, size, at, seek, thrifty) -> Iter
 
 
 def _decode_thriftily(container, stream, times, early):
-    """Decode what may be shown: in H.264, pass over frames that no other refers to, unless they come
-    at one of `times` or up to `early` seconds before it."""
+    """Decode what may be shown: in H.264, pass over frames that no other refers to, unless they
+    come at one of `times` or up to `early` seconds before it."""
     tick = float(stream.time_base)
     for packet in container.demux(stream):
         now = None if packet.pts is None else packet.pts * tick
