@@ -405,7 +405,7 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_undisturbed(
     straight, two_ranks, tmp_path
 ):
     before_the_video_stage(straight, tmp_path)
-    launch = ["--max-restarts=1", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    launch = ["--max-restarts=3", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     process = run_script("kill", "6", f"out={tmp_path}", "save_every=2", ranks=2, launch=launch,
                          script="faulty_training.py")  # fmt: skip
     output, _ = process.communicate(timeout=300)
