@@ -90,6 +90,12 @@ def by_motion(frames: np.ndarray, captions: list[str], world: World) -> dict[str
             for name in asked}  # fmt: skip
 
 
+def decibels(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures."""
+    error = ((a.astype(float) - b) ** 2).mean()
+    return float(10 * np.log10(255**2 / (error + 1e-6)))
+
+
 class Evaluation:
     """Hidden true clips, and what a model makes of their instructions.
 
@@ -127,8 +133,7 @@ class Evaluation:
         """The row of some clips; with first, last: against the true clips' frames."""
         psnr = error = None
         if first:
-            mse = ((self.truth[:, 0] - frames[:, 0].astype(float)) ** 2).mean((1, 2, 3)) + 1e-6
-            psnr = float(np.mean(10 * np.log10(255**2 / mse)))
+            psnr = float(np.mean([decibels(a[0], b[0]) for a, b in zip(self.truth, frames)]))
         if last:
             tracks = [(referee(a, self.world).track[-1], referee(b, self.world).track[-1])
                       for a, b in zip(self.truth, frames)]  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinydance.config import Parser, autocast, choose_device, choose_dtype, run_main
-from tinydance.evaluate import AT_A_TIME, BACK, HIDDEN_SEED, there_and_back
+from tinydance.evaluate import AT_A_TIME, BACK, HIDDEN_SEED, decibels, there_and_back
 from tinydance.model import SHIPPED, PixelDance
 from tinydance.sampling import Sampling, encode_picture, sample_frames, sample_latents
 from tinydance.toyworld import (
@@ -50,12 +50,6 @@ def hidden_scenes(seed: int, count: int):
 
 def pixels_of(frames: list[np.ndarray], model: PixelDance) -> Tensor:
     return to_pixels(torch.from_numpy(np.stack(frames))).to(model.device)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """dB, of uint8."""
-    error = ((a.astype(float) - b) ** 2).mean()
-    return float(10 * np.log10(255**2 / (error + 1e-6)))
 
 
 def make(model, scenes, prompts, first, last, bar, **settings) -> np.ndarray:
@@ -105,12 +99,12 @@ def measure_tau(model: PixelDance, clips: int, seed: int) -> list[Record]:
                     there = referee(clip).track[-1] - referee(true).track[-1]
                     records.append({
                         "given": kind, "tau": tau,
-                        "to the given, dB": psnr(clip[-1], given),
-                        "to the true, dB": psnr(clip[-1], true[-1]),
+                        "to the given, dB": decibels(clip[-1], given),
+                        "to the true, dB": decibels(clip[-1], true[-1]),
                         "object off, px": float(np.linalg.norm(there)),
                         "jump": float(change[-1] / (change[:-1].mean() + 0.01)),
-                        "first frame, dB": psnr(clip[0], true[0]),
-                        "the VAE's, dB": psnr(ceiling, true[0]),
+                        "first frame, dB": decibels(clip[0], true[0]),
+                        "the VAE's, dB": decibels(ceiling, true[0]),
                     })  # fmt: skip
     return records
 
@@ -178,7 +172,7 @@ def measure_edit(model: PixelDance, clips: int, seed: int) -> list[Record]:
                         "survives": float(getattr(read, edit) == getattr(scene, edit)),
                         "moves": float(referee(clip).motion == scene.motion),
                         "middle off, px": float(np.linalg.norm(off)),
-                        "last frame, dB": psnr(clip[-1], want[-1]),
+                        "last frame, dB": decibels(clip[-1], want[-1]),
                     })  # fmt: skip
     return records
 
