@@ -6,6 +6,7 @@ import torch
 from reference import tiny_model
 
 from tinydance import evaluate as module
+from tinydance.conditioning import sketch
 from tinydance.evaluate import (
     BACK,
     HIDDEN_SEED,
@@ -57,7 +58,7 @@ def test_the_truth_scores_full_marks_and_no_error(oracle):
         assert set(rows[name].kept) == {"colour", "shape", "background"}
         assert set(rows[name].motions.values()) == {1.0}
     assert rows["text, first"].first_psnr > 60 and rows["text, first, last"].last_error < 0.01
-    assert rows["text"].first_psnr is None and rows["text, first"].last_error is None
+    assert rows["text"].first_psnr is None and rows["text"].last_error is None
 
 
 def test_every_row_gives_its_instructions_and_no_other(oracle):
@@ -74,6 +75,14 @@ def test_every_row_gives_its_instructions_and_no_other(oracle):
         *[(False, True, False)] * 8,  # chain
     ]
     assert all(settings == {"steps": 7} for *_, settings in asked)
+
+
+def test_last_frames_are_shown_as_sketches_to_a_model_of_sketches(oracle):
+    model, asked = oracle
+    evaluate(model, clips=12, rows=["text, first, last"], sketches=True)
+    _, first, last, _ = asked[0]
+    truth = to_pixels(torch.from_numpy(np.stack([make_clip(HIDDEN_SEED, n)[0] for n in range(12)])))
+    assert torch.equal(first, truth[:, 0]) and torch.equal(last, sketch(truth[:, -1]))
 
 
 def test_an_image_model_is_judged_by_single_frames_from_text(oracle):

@@ -204,6 +204,12 @@ def test_tau_is_a_count_or_a_share_of_the_steps(model, tau, count):
     assert Sampling(tau=tau).complete(model).tau == count
 
 
+def test_what_is_not_said_the_model_decides(model):
+    model.settings = replace(model.settings, steps=8, guidance=3.0, tau=0.75, cond_noise_t=5)
+    how = Sampling().complete(model)
+    assert (how.steps, how.guidance, how.tau, how.cond_noise_t) == (8, 3.0, 6, 5)
+
+
 def test_a_clip_is_the_same_in_a_batch_of_1_3_and_8_and_by_its_number(model):
     prompts = ["a red circle", "a blue circle moves left", "", "red", "a", "blue", "left", "moves"]
     eight = sample_latents(model, prompts, how=Sampling(seed=3, ddim_eta=1.0))

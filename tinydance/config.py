@@ -74,6 +74,7 @@ class Config:
 
     steps: int = option(50, "of sampling, by default [ours: paper silent; ModelScope]", low=1)
     guidance: float = option(7.5, "likewise; 1 is off [ours: paper silent; DynamiCrafter]")
+    tau: float = option(0.5, "share of the steps that sees the last frame [paper Fig. 7]", high=1)
 
     # the instructions
     eta: float = option(0.25, "share of last frames dropped in training [paper §3.2]", high=1)
@@ -151,8 +152,9 @@ PRESETS = {
     "timestep_spacing": ("leading",       "leading",                "trailing",      "trailing"),
     "steps":            (50,              50,                       50,              16),
     "guidance":         (7.5,             7.5,                      7.5,             2.0),
-    "eta":              (0.25,            0.25,                     0.25,            0.6),  # (3)
-    "cond_noise_t":     (100,             100,                      100,             10),  # (4)
+    "tau":              (0.5,             0.5,                      0.5,             0.75),  # (3)
+    "eta":              (0.25,            0.25,                     0.25,            0.6),  # (4)
+    "cond_noise_t":     (100,             100,                      100,             10),  # (5)
     "batch":            (192,             192,                      16,              8),
     "micro_batch":      (0,               0,                        4,               0),
     "image_batch":      (1536,            1536,                     128,             64),
@@ -173,8 +175,9 @@ PRESETS = {
 #     enough to read from z_T where things will be, and to learn nothing from first frame and text.
 #     Here 40 % of the steps are noisier than that: so many teach what the words mean.
 # (2) At high noise, where places across frames are decided, epsilon's loss has hardly a gradient.
-# (3) The last frame tells how a toy clip ends, so text is needed only where it is dropped.
-# (4) Under the paper's noise an 8x8 latent decodes at 24 dB: a picture as small as that says each
+# (3) As much signal is in z_t then, sqrt(alpha_bar) = 0.5, as after half of the steps in SD's.
+# (4) The last frame tells how a toy clip ends, so text is needed only where it is dropped.
+# (5) Under the paper's noise an 8x8 latent decodes at 24 dB: a picture as small as that says each
 #     thing but once, and a first frame could not be kept. These 10 steps leave 37 dB.
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tinydance.conditioning import sketch
 from tinydance.config import Parser, autocast, choose_device, choose_dtype, run_main
 from tinydance.data import ToyWorld
 from tinydance.model import SHIPPED, PixelDance
@@ -64,7 +65,7 @@ class Row:
     kept: dict[str, float]  # the same of the last frame alone: colour, shape, background
     motions: dict[str, float]  # motion -> share of the clips asked to do it
     first_psnr: float | None = None  # dB, of the first frame against the true one
-    last_error: float | None = None  # pixels, the object in the last frame, median
+    last_error: float | None = None  # pixels, of the object in the last frame, likewise, median
 
 
 def world_of(model: PixelDance, rich: bool) -> World:
@@ -99,16 +100,21 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
 class Evaluation:
     """Hidden true clips, and what a model makes of their instructions.
 
+    sketches: last frames are shown as edge drawings, to models trained with them.
     settings go to `sample_frames` (steps, guidance, tau).
     """
 
-    def __init__(self, model: PixelDance, clips: int, seed=0, rich=False, **settings):
+    def __init__(
+        self, model: PixelDance, clips: int, seed=0, rich=False, sketches=False, **settings
+    ):
         self.model, self.clips, self.seed, self.settings = model, clips, seed, settings
         self.world = world_of(model, rich)
         made = [make_clip(HIDDEN_SEED + seed, n, self.world) for n in range(clips)]
         self.truth = np.stack([frames for frames, _ in made])[:, : model.settings.frames]
         self.captions = [caption for _, caption in made]
         self.pixels = to_pixels(torch.from_numpy(self.truth)).to(model.device)
+        self.I_first, I_last = self.pixels[:, 0], self.pixels[:, -1]
+        self.I_last = sketch(I_last) if sketches else I_last
         self.round_trip = torch.cat([
             model.vae.decode_video(model.vae.encode_video(part)).clamp(-1, 1)
             for part in self.pixels.split(AT_A_TIME)
@@ -129,12 +135,11 @@ class Evaluation:
             self.bar.update(len(prompts[part]))
         return np.concatenate(parts)
 
-    def measure(self, name: str, frames, captions, first=False, last=False) -> Row:
-        """The row of some clips; with first, last: against the true clips' frames."""
+    def measure(self, name: str, frames, captions, true=False) -> Row:
+        """The row of some clips; true: also how far from the true ones they begin and end."""
         psnr = error = None
-        if first:
+        if true:
             psnr = float(np.mean([decibels(a[0], b[0]) for a, b in zip(self.truth, frames)]))
-        if last:
             tracks = [(referee(a, self.world).track[-1], referee(b, self.world).track[-1])
                       for a, b in zip(self.truth, frames)]  # fmt: skip
             error = float(np.nanmedian([np.linalg.norm(a - b) for a, b in tracks]))
@@ -146,21 +151,20 @@ class Evaluation:
     def ceiling(self) -> Row:
         frames = to_frames(self.round_trip).cpu().numpy()
         name = "ceiling: true clips through the VAE"
-        return self.measure(name, frames, self.captions, first=True, last=True)
+        return self.measure(name, frames, self.captions, true=True)
 
     def row(self, name: str) -> Row:
         """One of ROWS."""
-        said, first, last = self.captions, self.pixels[:, 0], self.pixels[:, -1]
+        said, first, last = self.captions, self.I_first, self.I_last
         if name == "text":
             return self.measure(name, self.sample(said, None, None), said)
         if name == "first":
             silent = [""] * self.clips
-            return self.measure(name, self.sample(silent, first, None), said, first=True)
+            return self.measure(name, self.sample(silent, first, None), said, true=True)
         if name == "text, first":
-            return self.measure(name, self.sample(said, first, None), said, first=True)
+            return self.measure(name, self.sample(said, first, None), said, true=True)
         if name == "text, first, last":
-            frames = self.sample(said, first, last)
-            return self.measure(name, frames, said, first=True, last=True)
+            return self.measure(name, self.sample(said, first, last), said, true=True)
         if name == "same first, each motion":
             one, turned = same_frame_other_motions(self.clips, self.seed, self.world)
             one = to_pixels(torch.from_numpy(one)).to(self.model.device)
@@ -171,7 +175,7 @@ class Evaluation:
         """Each clip starts from the last frame of the one before; the motion is taken back."""
         there = [n for n, said in enumerate(self.captions) if parse(said)["motion"] in BACK]
         there = there[: max(1, self.clips // CHAIN)]
-        said, first = [self.captions[n] for n in there], self.pixels[there, 0]
+        said, first = [self.captions[n] for n in there], self.I_first[there]
         for link in range(CHAIN):
             frames = self.sample(said, first, None, link)
             judged, first = said, to_pixels(torch.from_numpy(frames[:, -1])).to(self.model.device)
@@ -179,14 +183,16 @@ class Evaluation:
         return self.measure(name, frames, judged)
 
 
-def evaluate(model: PixelDance, clips=100, seed=0, rows=None, rich=False, **settings) -> list[Row]:
+def evaluate(
+    model: PixelDance, clips=100, seed=0, rows=None, rich=False, sketches=False, **settings
+) -> list[Row]:
     """The rows of the table, the ceiling first. ValueError for one that the model cannot have."""
     known = ROWS if model.settings.frames > 1 else ROWS[:1]  # an image model has its text alone
     rows = rows or known
     for name in rows:
         if name not in known:
             raise ValueError(f"unknown row {name!r}; known are: {'; '.join(known)}")
-    evaluation = Evaluation(model, clips, seed, rich, **settings)
+    evaluation = Evaluation(model, clips, seed, rich, sketches, **settings)
     evaluation.bar.total = sum(clips for name in rows)
     found = [evaluation.ceiling()]
     for name in rows:
@@ -281,7 +287,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
-    parser.add_argument("--tau", type=int)
+    parser.add_argument("--tau", help="first steps that see the last frame: 12, 0.5 or 50%%")
+    parser.add_argument("--sketch", action="store_true", help="show last frames as edge drawings")
     parser.add_argument("--cond_noise_t", type=int, help="noise on pictures; default: as trained")
     parser.add_argument("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
     parser.add_argument("--json", help="also write the rows to this file")
@@ -308,7 +315,9 @@ def report(model: PixelDance, args, rows: list[str] | None) -> None:
         strip.save(args.nearest)
         print(line)
         return
-    measured = evaluate(model, args.clips or 100, args.seed, rows, args.rich, **settings)
+    measured = evaluate(
+        model, args.clips or 100, args.seed, rows, args.rich, args.sketch, **settings
+    )
     print(table(measured))
     for row in measured[1:] if model.settings.frames > 1 else []:
         shares = ", ".join(f"{name} {100 * share:.0f}" for name, share in row.motions.items())

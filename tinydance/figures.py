@@ -79,19 +79,23 @@ def coarse(frame: np.ndarray) -> np.ndarray:
 def measure_tau(model: PixelDance, clips: int, seed: int) -> list[Record]:
     """How near the given last frame a clip ends, and how smoothly, against tau [paper Fig. 7].
 
-    Given are the true last frame and a coarse draft of it. jump: the mean change of pixels into the
-    last frame, as a multiple of that into the others; 1 is smooth.
+    Given are the true last frame, a coarse draft of it, and another clip's: a shot transition
+    [paper §4.2.2]. jump: the mean change of pixels into the last frame, as a multiple of that into
+    the others; 1 is smooth.
     """
     scenes = hidden_scenes(seed, clips)
     truth = [render(scene) for scene in scenes]
     words = [caption_of(scene) for scene in scenes]
     trip = model.vae.encode_video(pixels_of([clip[:1] for clip in truth], model))
     trip = to_frames(model.vae.decode_video(trip))[:, 0].cpu().numpy()
+    first, last = [clip[0] for clip in truth], [clip[-1] for clip in truth]
+    drafts, others = [coarse(frame) for frame in last], last[1:] + last[:1]
+    kinds = {"true": last, "draft": drafts, "another": others}
     taus = range(0, STEPS + 1, 5)
     records = []
-    with tqdm(total=2 * len(taus) * clips, desc="tau", leave=False, disable=no_bar()) as bar:
-        for kind, draw in (("true", lambda frame: frame), ("draft", coarse)):
-            first, last = [clip[0] for clip in truth], [draw(clip[-1]) for clip in truth]
+    total = len(kinds) * len(taus) * clips
+    with tqdm(total=total, desc="tau", leave=False, disable=no_bar()) as bar:
+        for kind, last in kinds.items():
             for tau in taus:
                 made = make(model, scenes, words, first, last, bar, tau=tau, steps=STEPS, seed=seed)
                 for clip, true, given, ceiling in zip(made, truth, last, trip):
@@ -161,7 +165,7 @@ def measure_edit(model: PixelDance, clips: int, seed: int) -> list[Record]:
             wanted = [render(scene) for scene in edited]
             words = [caption_of(scene) for scene in edited]
             first, last = [clip[0] for clip in wanted], [clip[-1] for clip in wanted]
-            for share in (0.0, 0.5, 1.0):
+            for share in (0.0, model.settings.tau, 1.0):
                 made = make(model, scenes, words, first, last, bar, tau=share, seed=seed)
                 for clip, scene, want in zip(made, edited, wanted):
                     middle = len(clip) // 2

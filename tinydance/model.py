@@ -45,6 +45,7 @@ class ClipSettings:
     cond_noise_t: int = 100  # noise on c_image, as in training [paper §4.1]
     steps: int = 50  # [ours: paper silent; ModelScope]
     guidance: float = 7.5  # [ours: paper silent; DynamiCrafter]
+    tau: float = 0.5  # share of the steps that sees the last frame [paper Fig. 7]
 
 
 @dataclass

@@ -94,7 +94,7 @@ class Sampling:
     size: tuple[int, int] | None = None  # (H, W) in pixels
     steps: int | None = None
     guidance: float | None = None  # 1 is off
-    tau: int | float | str | None = None  # 12 steps, or a share of them: 0.5, "50%"; None: half
+    tau: int | float | str | None = None  # steps that see f_last: 12; or a share: 0.5, "50%"
     negative: str = ""
     seed: int = 0
     sampler: str = "ddim"  # or "ddpm"
@@ -102,7 +102,7 @@ class Sampling:
     cond_noise_t: int | None = None  # 0: clean conditions
 
     def complete(self, model: PixelDance) -> "Sampling":
-        """The same without a None, tau as a number of steps [half of them: paper Fig. 7].
+        """The same without a None, tau as a number of steps.
 
         Raises ValueError for a value out of its range.
         """
@@ -116,7 +116,7 @@ class Sampling:
         model.latent_size(*size)  # and this for a size
         if min(size) < 1:
             raise ValueError(f"size is {size[0]}x{size[1]}; use 1 or more")
-        tau = tau_in_steps(0.5 if self.tau is None else self.tau, steps)
+        tau = tau_in_steps(default.tau if self.tau is None else self.tau, steps)
         if frames < 1:
             raise ValueError(f"frames is {frames}; use 1 or more")
         if not (np.isfinite(guidance) and guidance >= 0):

@@ -252,7 +252,7 @@ def unet_stage(
         settings=ClipSettings(
             frames=config.frames if name == "video" else 1, fps=config.fps, height=config.height,
             width=config.width, cond_noise_t=config.cond_noise_t, steps=config.steps,
-            guidance=config.guidance,
+            guidance=config.guidance, tau=config.tau,
         ),
     ).to(machine.device)  # fmt: skip
     model.latent_size(config.height, config.width)  # raises before anything is trained

@@ -308,9 +308,9 @@ def timed(items: Iterable) -> Iterator[tuple[float, object]]:
 
 
 # Fields that may differ when a run goes on: where and how fast, not what.
-FREE = {"out", "init", "resume", "steps", "guidance", "device", "dtype", "compile", "micro_batch",
-        "zero", "timeout", "gradient_checkpointing", "workers", "save_every", "sample_every",
-        "max_skips", "max_bad", "vae_steps", "text_steps", "image_steps",
+FREE = {"out", "init", "resume", "steps", "guidance", "tau", "device", "dtype", "compile",
+        "micro_batch", "zero", "timeout", "gradient_checkpointing", "workers", "save_every",
+        "sample_every", "max_skips", "max_bad", "vae_steps", "text_steps", "image_steps",
         "video_steps"}  # fmt: skip
 
 
