@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tinydance.conditioning import sketch
 from tinydance.config import (
@@ -34,6 +33,7 @@ from tinydance.config import (
     run_main,
 )
 from tinydance.model import SHIPPED, PixelDance
+from tinydance.progress import Progress
 from tinydance.sampling import Sampling
 from tinydance.story import Shot, check_film, fingerprint, parts_of, read_story, save_film
 from tinydance.video import (
@@ -133,8 +133,7 @@ def main() -> None:
         "dtype": str(dtype),
     }
     clips = sum(shot.clips for n in todo for shot in videos[n])
-    no_bar = None if world_size == 1 else True  # None: tqdm looks whether there is a terminal
-    with autocast(device, dtype), tqdm(total=clips, desc="clips", disable=no_bar) as bar:
+    with autocast(device, dtype), Progress("clips", clips, "clip", shown=rank == 0) as bar:
         for n in todo:
             try:
                 save_film(

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from . import video
-from .sources import PICTURE_FILES, VIDEO_FILES, Folder, Rows, Shards, Table, open_row
-from .toyworld import World, make_clip, vocabulary
+from tinydance import video
+from tinydance.sources import PICTURE_FILES, VIDEO_FILES, Folder, Rows, Shards, Table, open_row
+from tinydance.toyworld import World, make_clip, vocabulary
 
 TRIES = 20           # bad samples in a row before a source is given up
 FIRST_IMAGE = 2**40  # sample number of the first image, so that images never repeat clips
@@ -246,7 +246,7 @@ def open_source(data: str, frames: int, fps: float, size: tuple[int, int], seed:
     files; after a colon its weight, as in "webvid.csv:0.95|clips:0.05". Without weights, every
     sample counts the same. ValueError for anything else.
     """
-    from .latents import Latents, is_cache  # whose import needs this file
+    from tinydance.latents import Latents, is_cache  # whose import needs this file
 
     def open_one(name: str | list[Path], pictures: bool):
         suffixes = PICTURE_FILES if pictures else VIDEO_FILES

@@ -14,18 +14,17 @@ Read after `sampling.py` and `toyworld.py`. Not here: metrics for real videos.
 """
 
 import json
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tinydance.conditioning import sketch
 from tinydance.config import Parser, autocast, choose_device, choose_dtype, run_main
 from tinydance.data import ToyWorld
 from tinydance.model import SHIPPED, PixelDance
+from tinydance.progress import Progress, progress
 from tinydance.sampling import sample_frames
 from tinydance.toyworld import (
     CHANGES,
@@ -105,21 +104,22 @@ class Evaluation:
     """
 
     def __init__(
-        self, model: PixelDance, clips: int, seed=0, rich=False, sketches=False, **settings
-    ):
-        self.model, self.clips, self.seed, self.settings = model, clips, seed, settings
+        self, model: PixelDance, clips: int, bar: Progress, seed=0, rich=False, sketches=False,
+        **settings,
+    ):  # fmt: skip
+        self.model, self.clips, self.seed, self.bar = model, clips, seed, bar
+        self.settings = settings
         self.world = world_of(model, rich)
         made = [make_clip(HIDDEN_SEED + seed, n, self.world) for n in range(clips)]
         self.truth = np.stack([frames for frames, _ in made])[:, : model.settings.frames]
         self.captions = [caption for _, caption in made]
-        self.pixels = to_pixels(torch.from_numpy(self.truth)).to(model.device)
-        self.I_first, I_last = self.pixels[:, 0], self.pixels[:, -1]
+        pixels = to_pixels(torch.from_numpy(self.truth)).to(model.device)
+        self.I_first, I_last = pixels[:, 0], pixels[:, -1]
         self.I_last = sketch(I_last) if sketches else I_last
         self.round_trip = torch.cat([
             model.vae.decode_video(model.vae.encode_video(part)).clamp(-1, 1)
-            for part in self.pixels.split(AT_A_TIME)
+            for part in pixels.split(AT_A_TIME)
         ])  # fmt: skip
-        self.bar = tqdm(unit="clip", leave=False, disable=None if sys.stderr.isatty() else True)
 
     def sample(self, prompts: list[str], first: Tensor | None, last: Tensor | None, link=0):
         """A clip for every prompt, uint8 (n, f, 3, H, W); `link` parts the seeds of a chain."""
@@ -192,14 +192,10 @@ def evaluate(
     for name in rows:
         if name not in known:
             raise ValueError(f"unknown row {name!r}; known are: {'; '.join(known)}")
-    evaluation = Evaluation(model, clips, seed, rich, sketches, **settings)
-    evaluation.bar.total = sum(clips for name in rows)
-    found = [evaluation.ceiling()]
-    for name in rows:
-        evaluation.bar.set_description(name)
-        found.append(evaluation.row(name))
-    evaluation.bar.close()
-    return found
+    bar = Progress("evaluating", clips * len(rows), "clip")
+    evaluation = Evaluation(model, clips, bar, seed, rich, sketches, **settings)
+    with bar:
+        return [evaluation.ceiling(), *(evaluation.row(name) for name in rows)]
 
 
 def there_and_back(caption: str) -> str:
@@ -263,7 +259,7 @@ def nearest(model: PixelDance, clips: int, count: int = 5):
     made = to_frames(sample_frames(model, captions)).cpu().numpy()
     asked = np.stack([*made, *(frames for frames, _ in hidden)]).astype(np.int16)
     best, found = np.full(len(asked), np.inf), [None] * len(asked)
-    for n in tqdm(range(clips), desc="nearest", leave=False, disable=None):
+    for n in progress(range(clips), "nearest", "clip"):
         frames, caption = make_clip(0, n, world)
         distance = np.abs(asked - frames).mean((1, 2, 3, 4))
         for k in np.flatnonzero(distance < best):

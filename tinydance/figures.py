@@ -12,18 +12,17 @@ Read after `evaluate.py`, whose hidden clips these are too. Not here: how a mode
 """
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 from tinydance.config import Parser, autocast, choose_device, choose_dtype, run_main
 from tinydance.evaluate import AT_A_TIME, BACK, HIDDEN_SEED, decibels, there_and_back
 from tinydance.model import SHIPPED, PixelDance
+from tinydance.progress import Progress
 from tinydance.sampling import Sampling, encode_picture, sample_frames, sample_latents
 from tinydance.toyworld import (
     BACKGROUNDS,
@@ -94,7 +93,7 @@ def measure_tau(model: PixelDance, clips: int, seed: int) -> list[Record]:
     taus = range(0, STEPS + 1, 5)
     records = []
     total = len(kinds) * len(taus) * clips
-    with tqdm(total=total, desc="tau", leave=False, disable=no_bar()) as bar:
+    with Progress("tau", total, "clip") as bar:
         for kind, last in kinds.items():
             for tau in taus:
                 made = make(model, scenes, words, first, last, bar, tau=tau, steps=STEPS, seed=seed)
@@ -123,7 +122,7 @@ def measure_drift(model: PixelDance, clips: int, seed: int) -> list[Record]:
     scenes = [scene for scene in hidden_scenes(seed, 4 * clips) if scene.motion in BACK][:clips]
     start = [render(scene)[0] for scene in scenes]
     records = []
-    with tqdm(total=2 * LINKS * len(scenes), desc="drift", leave=False, disable=no_bar()) as bar:
+    with Progress("drift", 2 * LINKS * len(scenes), "clip") as bar:
         for kind in ("latent", "pixels"):
             said = [caption_of(scene) for scene in scenes]
             f_first = encode_picture(model, pixels_of(start, model))
@@ -155,7 +154,7 @@ def measure_edit(model: PixelDance, clips: int, seed: int) -> list[Record]:
     choices = {"colour": list(world.colours), "shape": list(world.shapes),
                "background": list(BACKGROUNDS)}  # fmt: skip
     records = []
-    with tqdm(total=3 * 3 * clips, desc="edit", leave=False, disable=no_bar()) as bar:
+    with Progress("edit", 3 * 3 * clips, "clip") as bar:
         for edit, values in choices.items():
             edited = []
             for n, scene in enumerate(scenes):
@@ -234,10 +233,6 @@ def plot(panels: dict[str, dict[str, list[tuple[float, float]]]], x_label: str) 
             draw.line([place(point) for point in curve], INK[n], 2)
             draw.text((x_1 - 6, y_0 + 6 + 16 * n), label, INK[n], font, anchor="ra")
     return picture
-
-
-def no_bar() -> bool | None:
-    return None if sys.stderr.isatty() else True
 
 
 FIGURES = {  # how each is measured, what its rows are by, and the columns that are drawn

@@ -11,12 +11,12 @@ from collections import Counter
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from .data import FIRST_IMAGE, Files, Mixture, WithPictures, said
-from .latents import Latents
-from .sources import open_row
-from .video import BadSample, film_strip, picture_size, pictures_in, read_header
+from tinydance.data import FIRST_IMAGE, Files, Mixture, WithPictures, said
+from tinydance.latents import Latents
+from tinydance.progress import progress
+from tinydance.sources import open_row
+from tinydance.video import BadSample, film_strip, picture_size, pictures_in, read_header
 
 HEADERS = 1000  # rows of each source whose headers are read
 SAMPLES = 64    # clips that are read whole
@@ -29,7 +29,7 @@ def inspect(source) -> tuple[str, Image.Image | None]:
     for files in files_of(source):
         lines += headers(files)
     clips, counts = [], Counter()
-    for n in tqdm(range(SAMPLES), "reading", unit="clip", leave=False, disable=None):
+    for n in progress(range(SAMPLES), "reading", "clip"):
         clip = source.clip(n)
         counts += clip.counts
         clips = [*clips, clip][:SHOWN]
@@ -57,7 +57,7 @@ def headers(files: Files) -> list[str]:
     """What the headers of HEADERS rows, evenly chosen, say."""
     chosen = np.unique(np.linspace(0, len(files) - 1, HEADERS).astype(int))
     seen, bad, kinds, examples = [], Counter(), Counter(), {}
-    for i in tqdm(chosen.tolist(), "headers", unit="file", leave=False, disable=None):
+    for i in progress(chosen.tolist(), "headers", "file"):
         try:
             name = f"row {i}"
             row = files.rows[i]

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
-from . import video
-from .data import Clip, Files, Mixture, Quota, WithPictures, ignore_signals, said
-from .sources import Rows, Texts, open_row
-from .vae import FRAMES_AT_A_TIME, VAE
-from .weights import load_safetensors, read_json, save_safetensors, write_json
+from tinydance import video
+from tinydance.data import Clip, Files, Mixture, Quota, WithPictures, ignore_signals, said
+from tinydance.progress import Progress
+from tinydance.sources import Rows, Texts, open_row
+from tinydance.vae import FRAMES_AT_A_TIME, VAE
+from tinydance.weights import load_safetensors, read_json, save_safetensors, write_json
 
 SHARD = 256  # rows of the data in a shard: what an interruption may cost
 
@@ -171,11 +169,9 @@ def write_cache(source, vae: VAE, folder: str | Path, data: str, rank: int = 0, 
     mine = range(rank, manifest["shards"], world_size)
     todo = [k for k in mine if not shard_path(folder, k).is_file()]
     quota = Quota(max_bad)
-    shown = tqdm(total=len(mine), initial=len(mine) - len(todo), desc="latents", unit="shard",
-                 disable=rank > 0 or not sys.stderr.isatty())
-    with shown:
+    bar = Progress("latents", len(mine), "shard", len(mine) - len(todo), True, shown=rank == 0)
+    with bar:
         for k in todo:
-            begun = time.time()
             chosen = range(k * SHARD, min((k + 1) * SHARD, len(rows)))
             clips = list(_encoded(source, vae, chosen, workers, quota, autocast, stopping))
             if stopping():
@@ -186,12 +182,7 @@ def write_cache(source, vae: VAE, folder: str | Path, data: str, rank: int = 0, 
                 "moments": moments, "frames": torch.tensor([len(clip[2]) for clip in clips]).long(),
                 "clips": torch.frombuffer(bytearray(text), dtype=torch.uint8),
             }, shard_path(folder, k))
-            shown.set_postfix(bad=said(quota.total), refresh=False)
-            shown.update()
-            if shown.disable and rank == 0:
-                print(f"latents: shard {k + 1} of {manifest['shards']}, {len(clips)} clips, "
-                      f"{len(chosen) / (time.time() - begun):.1f} rows/s, "
-                      f"bad: {said(quota.total) or 'none'}", flush=True)
+            bar.update(bad=said(quota.total) or "none")
     return True
 
 

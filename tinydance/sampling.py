@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from tinydance.conditioning import make_c_image
 from tinydance.model import PixelDance
 from tinydance.noise import draw, generator
+from tinydance.progress import progress
 from tinydance.schedulers import Schedule, ddim_step, ddpm_step
 
 Denoiser = Callable[[Tensor, int, int], Tensor]  # (z_t, diffusion time t, number of the step i)
@@ -221,8 +221,7 @@ def sample_latents(
     how = how.complete(model)
     total = how.steps * (2 if f_first is None and how.frames > 1 else 1)
     steps = watch(model, prompts, f_first, f_last, how, numbers, link)
-    no_bar = None if bar else True  # None: tqdm looks whether there is a terminal
-    for z_t in tqdm(steps, "steps", total=total, disable=no_bar, leave=False):
+    for z_t in progress(steps, "steps", "step", total, shown=bar):
         pass
     return z_t
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from .video import BadSample
+from tinydance.progress import progress
+from tinydance.video import BadSample
 
 VIDEO_FILES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".ts")
 PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -73,7 +73,7 @@ class Folder:
         if not self.root.is_dir():
             raise ValueError(f"{root}: no such folder; give one that holds {_said(suffixes)}")
         names, texts = [], set()
-        for folder, _, files in _shown(os.walk(self.root), "folders"):
+        for folder, _, files in progress(os.walk(self.root), "indexing", "folder"):
             inside = Path(folder).relative_to(self.root)
             for file in files:
                 if file.startswith("."):  # macOS leaves a ._b.mp4 beside b.mp4
@@ -180,7 +180,7 @@ class Shards:
         self.paths, self.notes = [Path(path) for path in paths], []
         self.where = f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
         names, tables = [], []
-        for k, path in enumerate(_shown(self.paths, "shards")):
+        for k, path in enumerate(progress(self.paths, "indexing", "shard")):
             found = self._samples(path, suffixes)
             names += found
             table = [(k, *place, *text) for place, text in found.values()]
@@ -346,7 +346,7 @@ def _records(path: Path) -> Iterator[tuple[int, int, list[str]]]:
 
     def lines(file) -> Iterator[str]:
         nonlocal place
-        for line in _shown(file, "lines"):
+        for line in progress(file, "indexing", "line"):
             text = line.decode("utf-8-sig" if place == 0 else "utf-8")
             place += len(line)
             yield text
@@ -372,8 +372,3 @@ def _text(data: bytes) -> str:
 
 def _said(suffixes) -> str:
     return "videos" if suffixes == VIDEO_FILES else "pictures"
-
-
-def _shown(items: Iterable, unit: str) -> Iterable:
-    """A bar, where there is a terminal and the work takes more than two seconds."""
-    return tqdm(items, "indexing", delay=2, disable=None, unit=f" {unit}", leave=False)

@@ -18,8 +18,6 @@ Read before: `sampling.py`. Read after: `sample.py`. Not here: how a video is en
 import hashlib
 import json
 import shutil
-import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,11 +27,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tinydance.checkpoints import sha256
 from tinydance.config import did_you_mean
 from tinydance.model import PixelDance
+from tinydance.progress import Progress
 from tinydance.sampling import Sampling, chain, encode_picture, first_frame, sample_latents
 from tinydance.video import (
     check_output,
@@ -201,7 +199,7 @@ def save_film(
     overwrite: bool = False,
     resume: bool = False,
     about: dict = {},
-    bar: tqdm | None = None,
+    bar: Progress | None = None,
 ) -> None:
     """Write the film to what `out` ends in, see `video.save_video`, and with several shots their
     storyboard beside it.
@@ -220,11 +218,10 @@ def save_film(
         parts.mkdir(parents=True, exist_ok=True)
         same = {name: value for name, value in about.items() if name != "command"}
         remember = memory(parts, json.dumps(same))
-    bars = bar is not None and not bar.disable
-    clips = film(model, shots, image_model, number, bars, remember)
+    clips = film(model, shots, image_model, number, bar is not None and bar.shown, remember)
     about = about | {"number": number, "shots": [said_of(shot, model) for shot in shots]}
     save_video(
-        counted(to_film(model, shots, clips, rows), bar, total), out, model.settings.fps,
+        counted(to_film(model, shots, clips, rows), bar), out, model.settings.fps,
         overwrite=overwrite, caption=shots[0].prompt, first=shots[0].first, last=shots[-1].last,
         about=about, unfinished=parts if total > 1 else None,
     )  # fmt: skip
@@ -294,13 +291,8 @@ def said_of(shot: Shot, model: PixelDance) -> dict:
     return told | {"clips": shot.clips, "cut": shot.cut} | asdict(shot.how.complete(model))
 
 
-def counted(clips: Iterator[Tensor], bar: tqdm | None, total: int) -> Iterator[Tensor]:
-    """The same, counted on the bar, or in plain lines where there is no terminal."""
-    shown = time.time()
-    for done, frames in enumerate(clips, 1):
+def counted(clips: Iterator[Tensor], bar: Progress | None) -> Iterator[Tensor]:
+    for frames in clips:
         if bar is not None:
             bar.update()
-            if bar.disable and total > 1 and (time.time() - shown > 20 or done == total):
-                shown = time.time()
-                print(f"{done} of {total} clips", file=sys.stderr, flush=True)
         yield frames

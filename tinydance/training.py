@@ -14,7 +14,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +26,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from tinydance.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image, sketch
@@ -36,6 +34,7 @@ from tinydance.data import COUNTED, Batch, Quota, said
 from tinydance.latents import draw_latents
 from tinydance.model import PixelDance
 from tinydance.noise import draw, generator
+from tinydance.progress import Progress
 from tinydance.schedulers import add_noise, target
 from tinydance.video import to_pixels
 
@@ -375,9 +374,7 @@ class StopSignal:
 
 
 class Log:
-    """log.jsonl, a line a step, and the progress bar (plain lines where there is no terminal)."""
-
-    EVERY = 20.0  # seconds between plain lines
+    """log.jsonl, a line a step, and the progress."""
 
     def __init__(self, stage: str, folder: Path, start: int, steps: int):
         folder.mkdir(parents=True, exist_ok=True)
@@ -387,11 +384,8 @@ class Log:
             lines = path.read_text().splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= start]
         path.write_text("".join(line + "\n" for line in kept))
-        self.file, self.stage, self.start, self.steps = path.open("a"), stage, start, steps
-        self.bar = tqdm(
-            total=steps, initial=start, desc=stage, disable=not sys.stderr.isatty(), unit="step",
-        )  # fmt: skip
-        self.begun = self.shown = time.time()
+        self.file, self.begun = path.open("a"), time.time()
+        self.bar = Progress(stage, steps, "step", start, leave=True)
         self.smooth, self.waited, self.skipped = math.nan, 0.0, 0
         self.counts = Counter()
 
@@ -410,18 +404,8 @@ class Log:
         if math.isfinite(loss):
             self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
         data = self.waited / max(seconds, 1e-9)
-        self.bar.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{rate:.1e}", data=f"{data:.0%}",
-                             skipped=self.skipped, **told, refresh=False)  # fmt: skip
-        self.bar.update()
-        now = time.time()
-        if self.bar.disable and (now - self.shown > self.EVERY or done == self.steps):
-            self.shown = now
-            pace = (done - self.start) / (now - self.begun)
-            left = (self.steps - done) / pace / 60
-            print(f"{self.stage} {done}/{self.steps}  loss {self.smooth:.4f}  lr {rate:.1e}  "
-                  f"{pace:.2f} steps/s  data {data:.0%}  skipped {self.skipped}  "
-                  f"{left:.1f} min left{''.join(f'  {told}' for told in told.values())}",
-                  flush=True)  # fmt: skip
+        self.bar.update(loss=f"{self.smooth:.4f}", lr=f"{rate:.1e}", data=f"{data:.0%}",
+                        skipped=self.skipped, **told)  # fmt: skip
 
     def close(self) -> None:
         self.bar.close()

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-from .weights import read_json, write_json
+from tinydance.weights import read_json, write_json
 
 MAX_PIXELS = 50_000_000  # of a picture, before it is decoded: a 10 KB file can claim gigabytes
 PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
