@@ -69,6 +69,7 @@ def test_every_row_gives_its_instructions_and_no_other(oracle):
     assert given == [
         (False, False, False),  # text
         (True, True, False),  # first
+        (True, True, True),  # first, last
         (False, True, False),  # text, first
         (False, True, True),  # text, first, last
         (False, True, False),  # same first, each motion

@@ -4,10 +4,11 @@
     python -m tinydance.evaluate --strip clips.png              # look before you measure
     python -m tinydance.evaluate --nearest nearest.png          # is it remembered, or made?
 
-One row per instruction: text alone, the first frame without and with its text, the last frame as
-well; the strict one, in which the same first frame is given with every motion in turn; and chains,
-in which each clip goes on from the last frame of the one before. The first row is the ceiling: what
-the referee reads from true clips after a round trip through the VAE. The others are shares of it.
+One row per instruction: text alone, the first frame without and with its text, each of them with
+the last frame as well; the strict one, in which the same first frame is given with every motion in
+turn; and chains, in which each clip goes on from the last frame of the one before. The first row is
+the ceiling: what the referee reads from true clips after a round trip through the VAE. The others
+are shares of it.
 [ours; the paper measures FVD and CLIPSIM, whose networks cannot come along]
 
 Read after `sampling.py` and `toyworld.py`. Not here: metrics for real videos.
@@ -46,8 +47,8 @@ HIDDEN_SEED = 1_000_003_000  # of the evaluation's clips; training seeds are sma
 ATTRIBUTES = ("colour", "shape", "background", "motion")
 AT_A_TIME = 16
 CHAIN = 8  # clips
-ROWS = ("text", "first", "text, first", "text, first, last", "same first, each motion",
-        f"chain of {CHAIN}, the last clip")  # fmt: skip
+ROWS = ("text", "first", "first, last", "text, first", "text, first, last",
+        "same first, each motion", f"chain of {CHAIN}, the last clip")  # fmt: skip
 # A chain goes there and back, or it would leave the picture.
 BACK = [("moves to the right", "moves to the left"), ("moves up", "moves down"),
         ("grows", "shrinks"), ("bounces to the right", "bounces to the left")]  # fmt: skip
@@ -155,21 +156,18 @@ class Evaluation:
 
     def row(self, name: str) -> Row:
         """One of ROWS."""
-        said, first, last = self.captions, self.I_first, self.I_last
-        if name == "text":
-            return self.measure(name, self.sample(said, None, None), said)
-        if name == "first":
-            silent = [""] * self.clips
-            return self.measure(name, self.sample(silent, first, None), said, true=True)
-        if name == "text, first":
-            return self.measure(name, self.sample(said, first, None), said, true=True)
-        if name == "text, first, last":
-            return self.measure(name, self.sample(said, first, last), said, true=True)
         if name == "same first, each motion":
             one, turned = same_frame_other_motions(self.clips, self.seed, self.world)
             one = to_pixels(torch.from_numpy(one)).to(self.model.device)
             return self.measure(name, self.sample(turned, one, None), turned)
-        return self.chain(name)
+        if name.startswith("chain"):
+            return self.chain(name)
+        given = name.split(", ")
+        prompts = self.captions if "text" in given else [""] * self.clips
+        first = self.I_first if "first" in given else None
+        last = self.I_last if "last" in given else None
+        frames = self.sample(prompts, first, last)
+        return self.measure(name, frames, self.captions, true=first is not None)
 
     def chain(self, name: str) -> Row:
         """Each clip starts from the last frame of the one before; the motion is taken back."""
