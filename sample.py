@@ -55,7 +55,7 @@ def parse(parser: Parser):
     parser.add_argument("--prompts", help="a file with a prompt a line, for a video each")
     parser.add_argument("--first", nargs="+", default=[], help="picture: first-frame instruction")
     parser.add_argument("--last", nargs="+", default=[], help="picture: last-frame instruction")
-    parser.add_argument("--tau", help="steps that see --last: 12, 0.5, 50%%; default: the model's")
+    parser.add_argument("--tau", help="steps that see --last: 12, 0.5 or 50%%; else the model's")
     parser.add_argument("--sketch", action="store_true", help="show --last as an edge drawing")
     parser.add_argument("--edit", help="video to make again, between its first and last frame")
     parser.add_argument("--clips", type=int, default=1, help="chained into one video")
