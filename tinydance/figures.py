@@ -229,9 +229,11 @@ def plot(panels: dict[str, dict[str, list[tuple[float, float]]]], x_label: str) 
             x, y = low + share * (high - low)
             draw.text((x_0 + share * (x_1 - x_0), y_1 + 4), f"{x:.3g}", "black", font, anchor="ma")
             draw.text((x_0 - 6, y_1 - share * (y_1 - y_0)), f"{y:.3g}", "black", font, anchor="rm")
+        right = x_1
         for n, (label, curve) in enumerate(curves.items()):
             draw.line([place(point) for point in curve], INK[n], 2)
-            draw.text((x_1 - 6, y_0 + 6 + 16 * n), label, INK[n], font, anchor="ra")
+            draw.text((right, y_1 + 22), label, INK[n], font, anchor="ra")
+            right -= draw.textlength(label, font) + 12
     return picture
 
 
