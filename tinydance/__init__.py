@@ -25,8 +25,8 @@ tokens, d width. DDIM's own eta is ddim_eta; w = 1 switches guidance off.
 
 Read in this order: schedulers, conditioning, noise, sampling, story, model, unet, training,
 checkpoints, stages, train.py, vae, clip, weights, data, sources, latents, inspection, toyworld,
-video, config, sample.py, evaluate, figures; then the tests of conditioning, sampling and training,
-which are the claims, executable.
+video, config, progress, sample.py, evaluate, figures; then the tests of conditioning, sampling and
+training, which are the claims, executable.
 """
 
 __version__ = "0.1.0"

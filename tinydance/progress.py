@@ -1,6 +1,6 @@
 """How far the work is: tqdm's bar on a terminal, and plain lines where there is none.
 
-Not here: what a training says of itself besides (`training.Log`).
+Read after `config.py`. Not here: what a training says of itself besides (`training.Log`).
 """
 
 import sys
