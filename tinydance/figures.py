@@ -216,6 +216,8 @@ def plot(panels: dict[str, dict[str, list[tuple[float, float]]]], x_label: str) 
         x_1, y_1 = x_0 + width - left, top + height - 40
         points = np.array([point for curve in curves.values() for point in curve])
         low, high = points.min(0), points.max(0)
+        if 0 <= low[1] and high[1] <= 1:  # shares: their small differences shall look small
+            low[1], high[1] = 0, 1
         high = np.where(high > low, high, low + 1)
 
         def place(point):
@@ -240,7 +242,7 @@ def plot(panels: dict[str, dict[str, list[tuple[float, float]]]], x_label: str) 
 FIGURES = {  # how each is measured, what its rows are by, and the columns that are drawn
     "tau": (measure_tau, ("given", "tau"), ("to the given, dB", "to the true, dB", "jump")),
     "drift": (measure_drift, ("carried", "link"), ("colour", "shape", "background", "sky")),
-    "edit": (measure_edit, ("edit", "tau"), ("survives", "moves", "middle off, px")),
+    "edit": (measure_edit, ("edit", "tau"), ("survives", "moves", "last frame, dB")),
 }
 
 
