@@ -363,6 +363,12 @@ def test_a_shipped_model_is_under_20_mb_and_what_its_card_says(folder):
         assert f"{digest}  {file.relative_to(folder).as_posix()}" in card
 
 
+@pytest.mark.parametrize("folder", [SHIPPED, SHIPPED_IMAGE])
+def test_a_shipped_model_samples_as_its_preset_says(folder):
+    settings, config = vars(PixelDance.from_folder(folder).settings), make_config("toy")
+    assert settings | {"frames": 16} == {name: getattr(config, name) for name in settings}
+
+
 def test_a_newcomers_training_starts_and_leaves_a_model(folder, monkeypatch, capsys):
     """`python train.py`, but for its length: the video stage, from the shipped image model."""
     few = ["--video_steps", 2, "--batch", 2, "--image_every", 2, "--image_batch", 2, "--steps", 2]
