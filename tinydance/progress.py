@@ -15,13 +15,17 @@ EVERY = 20  # seconds between plain lines
 class Progress:
     """Counts up to `total` (None: not known). shown: False is silent, as ranks but the first are.
 
-    initial: what a resumed work had done. leave: its last state stays to be read.
+    initial: what a resumed work had done. leave: its last state stays to be read. file: where to,
+    by default standard error.
     """
 
-    def __init__(self, what: str, total: int | None, unit: str, initial=0, leave=False, shown=True):
+    def __init__(
+        self, what: str, total: int | None, unit: str, initial=0, leave=False, shown=True, file=None
+    ):
+        self.file = file or sys.stderr
         self.bar = tqdm(desc=what, total=total, unit=unit, initial=initial, leave=leave, delay=1,
-                        disable=None if shown else True)  # fmt: skip
-        self.shown, self.plain = shown, shown and not sys.stderr.isatty()
+                        file=self.file, disable=None if shown else True)  # fmt: skip
+        self.shown, self.plain = shown, shown and not self.file.isatty()
         self.what, self.total, self.unit = what, total, unit
         self.initial, self.leave, self.done = initial, leave, initial
         self.begun = self.said = time.time()
@@ -44,7 +48,7 @@ class Progress:
             postfix=self.told, prefix=self.what,
             bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed}<{remaining}, {rate_fmt}{postfix}",
         )  # fmt: skip
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=self.file, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -385,7 +386,7 @@ class Log:
             kept = [line for line in lines if json.loads(line)["step"] <= start]
         path.write_text("".join(line + "\n" for line in kept))
         self.file, self.begun = path.open("a"), time.time()
-        self.bar = Progress(stage, steps, "step", start, leave=True)
+        self.bar = Progress(stage, steps, "step", start, leave=True, file=sys.stdout)
         self.smooth, self.waited, self.skipped = math.nan, 0.0, 0
         self.counts = Counter()
 
