@@ -406,8 +406,9 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_undisturbed(
 ):
     before_the_video_stage(straight, tmp_path)
     launch = ["--max-restarts=3", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    process = run_script("kill", "6", f"out={tmp_path}", "save_every=2", ranks=2, launch=launch,
-                         script="faulty_training.py")  # fmt: skip
+    # timeout: now and then gloo's first meeting after a restart never ends, and is given up for one
+    process = run_script("kill", "6", f"out={tmp_path}", "save_every=2", "timeout=0.5", ranks=2,
+                         launch=launch, script="faulty_training.py")  # fmt: skip
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and (tmp_path / "happened").exists(), output
     for part in ("objective", "ema"):
