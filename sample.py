@@ -24,28 +24,16 @@ import torch
 from torch import Tensor
 
 from tinydance.conditioning import sketch
-from tinydance.config import (
-    Parser,
-    autocast,
-    choose_device,
-    choose_dtype,
-    did_you_mean,
-    run_main,
-)
-from tinydance.model import SHIPPED, PixelDance
-from tinydance.progress import Progress
+from tinydance.config import autocast, choose_device, choose_dtype, did_you_mean
+from tinydance.run.cli import Parser, run_main
+from tinydance.model import PixelDance
+from tinydance.toy import SHIPPED
+from tinydance.run.cli import Progress
 from tinydance.sampling import Sampling
-from tinydance.story import Shot, check_film, fingerprint, parts_of, read_story, save_film
-from tinydance.video import (
-    BadSample,
-    pictures_in,
-    read_about,
-    read_clip,
-    read_header,
-    read_image,
-    to_frames,
-    to_pixels,
-)
+from tinydance.video.story import Shot, check_film, fingerprint, parts_of, read_story, save_film
+from tinydance.vae import to_frames, to_pixels
+from tinydance.video.read import BadSample, pictures_in, read_clip, read_header, read_image
+from tinydance.video.write import read_about
 
 PROMPT = "a red circle bounces to the right"
 

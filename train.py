@@ -13,8 +13,9 @@ Read `tinydance/stages.py` before.
 from dataclasses import fields, replace
 from typing import get_args
 
-from tinydance.config import COLUMNS, Config, Parser, did_you_mean, make_config, run_main
-from tinydance.stages import STAGES, train
+from tinydance.config import COLUMNS, Config, did_you_mean, make_config
+from tinydance.run.cli import Parser, run_main
+from tinydance.run.stages import STAGES, train
 
 
 def main() -> None:

@@ -16,23 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinydance import (
-    clip,
-    conditioning,
-    data,
-    evaluate,
-    sampling,
-    schedulers,
-    stages,
-    toyworld,
-    training,
-    unet,
-    vae,
-    video,
-    weights,
-)
+from tinydance import clip, conditioning, sampling, schedulers, training, unet, vae, video, weights
+from tinydance.data import order as data
+from tinydance.run import stages
+from tinydance.toy import evaluate, world as toyworld
 from tinydance.config import make_config
-from tinydance.data import Batch
+from tinydance.training import Batch
 from tinydance.schedulers import Schedule
 
 CLOSE = 1e-4  # relative to the size of the answer: float32, and the order of sums is yours

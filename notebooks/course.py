@@ -16,7 +16,7 @@ from IPython.display import Image, Markdown
 from PIL import Image as Picture
 from torch import Tensor
 
-from tinydance.video import film_strip
+from tinydance.video.strips import film_strip
 
 FAST = os.environ.get("TINYDANCE_FAST") == "1"  # the tests' switch: smaller numbers, same cells
 

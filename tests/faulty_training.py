@@ -12,7 +12,7 @@ from pathlib import Path
 from tiny_training import tiny_train
 
 from tinydance import training
-from tinydance.config import run_main
+from tinydance.run.cli import run_main
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from tiny_training import NETWORKS
 
-from tinydance.clip import TextTower, build_vocabulary
+from tinydance.clip import TextTower
+from tinydance.toy.losses import build_vocabulary
 from tinydance.model import ClipSettings, PixelDance
 from tinydance.schedulers import Schedule
 from tinydance.unet import UNet

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tinydance.checkpoints import (
+from tinydance.run.checkpoints import (
     checkpoints,
     is_whole,
     load_checkpoint,

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from tinydance.clip import END, LENGTH, START, TextTower, Tokenizer, build_vocabulary, split_words
-from tinydance.weights import load_safetensors, read_config, save_safetensors
+from tinydance.clip import END, LENGTH, START, TextTower, Tokenizer, split_words
+from tinydance.toy.losses import build_vocabulary
+from tinydance.weights.files import read_config
+from tinydance.weights.safetensors import load_safetensors, save_safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "tokenizer" / "expected.json").read_text(encoding="utf-8"))["cases"]

@@ -15,14 +15,19 @@ from reference import tiny_model
 
 import sample
 import train
-from tinydance import evaluate, story
-from tinydance.config import COLUMNS, NETWORKS, make_config, run_main
-from tinydance.model import SHIPPED, SHIPPED_IMAGE, PixelDance
+from tinydance.toy import evaluate
+from tinydance.video import story
+from tinydance.config import COLUMNS, NETWORKS, make_config
+from tinydance.run.cli import run_main
+from tinydance.model import PixelDance
+from tinydance.toy import SHIPPED, SHIPPED_IMAGE
 from tinydance.sampling import sample_frames
-from tinydance.story import fingerprint
-from tinydance.toyworld import judge
+from tinydance.video.story import fingerprint
+from tinydance.toy.referee import judge
 from tinydance.unet import UNet
-from tinydance.video import read_about, read_clip, read_image, save_video, to_frames
+from tinydance.vae import to_frames
+from tinydance.video.read import read_clip, read_image
+from tinydance.video.write import read_about, save_video
 
 
 @pytest.fixture

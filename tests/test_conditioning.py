@@ -6,8 +6,9 @@ from reference import difference
 
 from tinydance.conditioning import instructions_of, make_c_image, sketch
 from tinydance.schedulers import Schedule, add_noise
-from tinydance.toyworld import make_clip, referee
-from tinydance.video import to_pixels
+from tinydance.toy.referee import referee
+from tinydance.toy.world import make_clip
+from tinydance.vae import to_pixels
 
 ALPHA_BAR = float(Schedule().alpha_bar[100])
 

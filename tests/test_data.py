@@ -14,21 +14,13 @@ import torch
 from PIL import Image
 from test_video import SIZE, make_sound, make_video, numbers
 
-from tinydance.data import (
-    BLOCK,
-    FIRST_IMAGE,
-    Files,
-    Mixture,
-    Quota,
-    ToyWorld,
-    batches,
-    open_source,
-    parse_data,
-    shuffled,
-)
-from tinydance.sources import Folder
-from tinydance.toyworld import World
-from tinydance.video import REASONS
+from tinydance.data.batches import Quota, batches
+from tinydance.data.open import open_source, parse_data
+from tinydance.data.order import BLOCK, FIRST_IMAGE, Files, Mixture, shuffled
+from tinydance.toy.source import ToyWorld
+from tinydance.data.index import Folder
+from tinydance.toy.world import World
+from tinydance.video.read import REASONS
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from reference import tiny_model
 
-from tinydance import evaluate as module
+from tinydance.toy import evaluate as module
 from tinydance.conditioning import sketch
-from tinydance.evaluate import (
+from tinydance.toy.evaluate import (
     BACK,
     HIDDEN_SEED,
     ROWS,
@@ -19,10 +19,10 @@ from tinydance.evaluate import (
     there_and_back,
     verdicts,
 )
-from tinydance.model import SHIPPED
-from tinydance.toyworld import World, make_clip
+from tinydance.toy import SHIPPED
+from tinydance.toy.world import World, make_clip
 from tinydance.vae import VAE
-from tinydance.video import to_frames, to_pixels
+from tinydance.vae import to_frames, to_pixels
 
 
 @pytest.fixture

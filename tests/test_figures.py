@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from reference import tiny_model
 
-from tinydance import figures
-from tinydance.config import run_main
-from tinydance.figures import (
+from tinydance.toy import figures
+from tinydance.run.cli import run_main
+from tinydance.toy.figures import (
     coarse,
     hidden_scenes,
     means,
@@ -18,8 +18,8 @@ from tinydance.figures import (
     measure_edit,
     measure_tau,
 )
-from tinydance.toyworld import render
-from tinydance.video import to_pixels
+from tinydance.toy.world import render
+from tinydance.vae import to_pixels
 
 
 @pytest.fixture

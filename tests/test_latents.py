@@ -11,13 +11,15 @@ from reference import difference, tiny_model
 from test_video import make_video
 from tiny_training import tiny_train
 
-from tinydance import latents
-from tinydance.data import Files, Mixture, open_source
-from tinydance.latents import Latents, draw_latents, fingerprint, shard_path, write_cache
+from tinydance.data import cache as latents
+from tinydance.data.open import open_source
+from tinydance.data.order import Files, Mixture
+from tinydance.data.cache import Latents, fingerprint, shard_path, write_cache
+from tinydance.vae import draw_latents
 from tinydance.noise import draw, generator
-from tinydance.sources import Folder
-from tinydance.stages import pixels_of
-from tinydance.video import to_pixels
+from tinydance.data.index import Folder
+from tinydance.video.strips import pixels_of
+from tinydance.vae import to_pixels
 
 SIZE = (16, 16)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tinydance import progress as module
-from tinydance.progress import Progress, progress
+from tinydance.run import cli as module
+from tinydance.run.cli import Progress, progress
 
 
 @pytest.fixture

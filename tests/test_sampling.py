@@ -291,7 +291,7 @@ def test_a_model_folder_keeps_everything(model, tmp_path):
 
 def test_a_folder_from_the_hub_says_how_large_its_pictures_are(model, tmp_path):
     from tinydance.model import PixelDance
-    from tinydance.weights import read_config, write_config
+    from tinydance.weights.files import read_config, write_config
 
     model.save(tmp_path)
     (tmp_path / "pixeldance.json").unlink()
@@ -307,7 +307,7 @@ def test_stable_diffusions_single_file_becomes_a_model():
 
     from reference import HERE
 
-    from tinydance.clip import build_vocabulary
+    from tinydance.toy.losses import build_vocabulary
     from tinydance.model import PixelDance
 
     def shapes(name, prefix):

@@ -20,8 +20,9 @@ from PIL import Image
 from reference import HERE
 from test_video import SIZE, huge_png, make_video, numbers
 
-from tinydance.data import Files, open_source
-from tinydance.sources import (
+from tinydance.data.open import open_source
+from tinydance.data.order import Files
+from tinydance.data.index import (
     PICTURE_FILES,
     Folder,
     Shards,
@@ -31,7 +32,7 @@ from tinydance.sources import (
     open_row,
     tar_members,
 )
-from tinydance.video import BadSample
+from tinydance.video.read import BadSample
 
 
 def bad(source, samples):
@@ -362,8 +363,8 @@ def test_hostile_files_take_no_memory(pictures):
 import resource, sys, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, {str(HERE.parent)!r})
-from tinydance.data import Files
-from tinydance.sources import PICTURE_FILES, Folder, Shards
+from tinydance.data.order import Files
+from tinydance.data.index import PICTURE_FILES, Folder, Shards
 resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30, 2 * 2**30))
 source = Files(Folder({str(pictures)!r}, PICTURE_FILES), (32, 32), pictures=True)
 print(len([source.frame(n) for n in range(12)]))

@@ -15,15 +15,17 @@ from reference import HERE, difference, tiny_model
 from tiny_training import FIELDS
 
 import sample
-from tinydance import story, training
+from tinydance import training
+from tinydance.video import story
 from tinydance.conditioning import sketch
-from tinydance.config import make_config, run_main
-from tinydance.model import SHIPPED
+from tinydance.config import make_config
+from tinydance.run.cli import run_main
+from tinydance.toy import SHIPPED
 from tinydance.sampling import Sampling, chain, encode_picture, sample_latents
-from tinydance.story import Shot, film, memory, read_story, storyboard, to_film
-from tinydance.toyworld import parse
+from tinydance.video.story import Shot, film, memory, read_story, storyboard, to_film
+from tinydance.toy.world import parse
 from tinydance.training import DiffusionLoss
-from tinydance.video import to_pixels
+from tinydance.vae import to_pixels
 
 
 @pytest.fixture

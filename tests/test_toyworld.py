@@ -6,9 +6,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tinydance.toyworld import (
-    BACKGROUNDS, COLOURS, MOTIONS, RICH_MOTIONS, SHAPES, World, caption_of, captions, judge,
-    make_clip, parse, referee, render, sample_scene, vocabulary,
+from tinydance.toy.referee import judge, referee
+from tinydance.toy.world import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    RICH_MOTIONS,
+    SHAPES,
+    World,
+    caption_of,
+    captions,
+    make_clip,
+    parse,
+    render,
+    sample_scene,
+    vocabulary,
 )
 
 RICH = World(rich=True)

@@ -16,25 +16,26 @@ from PIL import Image
 from reference import HERE, difference, tiny_model, tiny_unet
 from tiny_training import FIELDS, tiny_train
 
-from tinydance import conditioning, training
-from tinydance.checkpoints import checkpoints
+from tinydance import conditioning, noise, training
+from tinydance.run import checkpoints as checkpoints_module
+from tinydance.run import log as log_module
+from tinydance.run.checkpoints import checkpoints
 from tinydance.config import make_config
-from tinydance.data import Batch, ToyWorld, batches
-from tinydance.model import SHIPPED, PixelDance
+from tinydance.data.batches import batches
+from tinydance.toy.source import ToyWorld
+from tinydance.training import Batch
+from tinydance.model import PixelDance
+from tinydance.toy import SHIPPED
 from tinydance.sampling import sample_frames
 from tinydance.schedulers import add_noise
-from tinydance.stages import psnr
-from tinydance.toyworld import World
-from tinydance.training import (
-    DiffusionLoss,
-    Stage,
-    fit,
-    learning_rate,
-    update_ema,
-)
+from tinydance.video.strips import psnr
+from tinydance.toy.world import World
+from tinydance.run.fit import fit
+from tinydance.training import DiffusionLoss, Stage, learning_rate, update_ema
 from tinydance.unet import UNet, is_temporal
-from tinydance.video import to_pixels
-from tinydance.weights import load_weights, read_config
+from tinydance.vae import to_pixels
+from tinydance.weights.files import read_config
+from tinydance.weights.load import load_weights
 
 
 def newest(folder, stage="video"):
@@ -95,12 +96,12 @@ def recorded_loss(monkeypatch, frames, n, cheap=False, **changes):
 def test_the_loss_is_the_square_error_of_the_prediction(monkeypatch, prediction):
     value, seen = recorded_loss(monkeypatch, 4, 3, prediction_type=prediction)
     slow, a = 0.0, seen["model"].schedule.alpha_bar
-    generators = [training.generator("train", 0, n) for n in range(3)]
+    generators = [noise.generator("train", 0, n) for n in range(3)]
     for g in generators:
         torch.rand(4, generator=g)
-    posterior = training.draw(generators, 4, 4, 8, 8)
-    training.draw(generators, 2, 4, 8, 8)
-    eps = training.draw(generators, 4, 4, 8, 8)
+    posterior = noise.draw(generators, 4, 4, 8, 8)
+    noise.draw(generators, 2, 4, 8, 8)
+    eps = noise.draw(generators, 4, 4, 8, 8)
     clip = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     z_0 = seen["model"].vae.encode_video(clip.expand(3, 4, 3, 16, 16), posterior)
     for k in range(3):
@@ -118,10 +119,10 @@ def test_the_condition_is_the_clips_own_first_and_last_frames_under_other_noise(
     assert difference(seen["z"][:, :, 4:], seen["c_image"]) == 0
     cond_noise_t = make_config("toy").cond_noise_t
     assert seen["alpha_bar_c"] == float(seen["model"].schedule.alpha_bar[cond_noise_t])
-    eps_of_target = [training.generator("train", 0, n) for n in range(6)]
+    eps_of_target = [noise.generator("train", 0, n) for n in range(6)]
     for g in eps_of_target:
         torch.rand(4, generator=g)
-    assert not torch.equal(seen["eps_c"][0, 0], training.draw(eps_of_target, 4, 4, 8, 8)[0, 0])
+    assert not torch.equal(seen["eps_c"][0, 0], noise.draw(eps_of_target, 4, 4, 8, 8)[0, 0])
 
 
 def test_last_frame_and_text_are_dropped_at_their_rates(monkeypatch):
@@ -493,12 +494,12 @@ def test_a_device_that_is_too_small_names_what_helps(straight, tmp_path, monkeyp
 
 def test_a_picture_that_cannot_be_written_does_not_end_a_run(tmp_path, capsys):
     (tmp_path / "samples").write_text("a file where the folder should be")
-    training.save_picture(Image.new("RGB", (2, 2)), tmp_path / "samples" / "x.png")
+    log_module.save_picture(Image.new("RGB", (2, 2)), tmp_path / "samples" / "x.png")
     assert "could not be written" in capsys.readouterr().out
 
 
 def test_the_benchmark_prints_where_the_time_goes(capsys, monkeypatch):
-    from tinydance import benchmark
+    from tinydance.run import benchmark
 
     monkeypatch.setattr(benchmark, "matmul_peak", lambda machine: 1e12)
     tiny_train("benchmark")
@@ -508,7 +509,7 @@ def test_the_benchmark_prints_where_the_time_goes(capsys, monkeypatch):
 
 
 def test_flops_are_counted_as_two_for_each_multiplication_and_addition():
-    from tinydance.benchmark import count_flops
+    from tinydance.run.benchmark import count_flops
 
     a, b = torch.randn(3, 5), torch.randn(5, 7)
     assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
@@ -531,12 +532,12 @@ def test_the_learning_rate_warms_up_and_may_fall_to_zero():
 
 
 def test_a_checkpoint_that_a_crash_left_half_written_is_not_read(tmp_path):
-    training.save_checkpoint(tmp_path, 5, {"step": 5})
+    checkpoints_module.save_checkpoint(tmp_path, 5, {"step": 5})
     (tmp_path / "unfinished_00000009").mkdir()
     (tmp_path / "unfinished_00000009" / "state.pt").write_bytes(b"half")
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
-    training.save_checkpoint(tmp_path, 9, {"step": 9})
-    training.save_checkpoint(tmp_path, 12, {"step": 12})
+    checkpoints_module.save_checkpoint(tmp_path, 9, {"step": 9})
+    checkpoints_module.save_checkpoint(tmp_path, 12, {"step": 12})
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000009", "step_00000012"]
 
 

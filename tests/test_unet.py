@@ -13,11 +13,11 @@ from tinydance.unet import (
     TimeConv,
     UNet,
     attention,
-    from_diffusers_config,
     from_time_rows,
     is_temporal,
     to_time_rows,
 )
+from tinydance.weights.diffusers import from_diffusers_config
 
 
 def shapes_of(name):
@@ -195,7 +195,8 @@ def test_a_unet_survives_its_folder(tmp_path):
 @torch.no_grad()
 def test_a_four_channel_image_model_starts_a_video_model(tmp_path):
     """What happens to Stable Diffusion's folder: 4 channels in, no temporal layer."""
-    from tinydance.weights import save_safetensors, write_config
+    from tinydance.weights.files import write_config
+    from tinydance.weights.safetensors import save_safetensors
 
     config, keys, golden_ = golden("unet2d")
     weights = fill(UNet(**(from_diffusers_config(config) | {"in_channels": 4}))).state_dict()

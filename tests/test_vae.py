@@ -5,8 +5,10 @@ import torch
 from reference import difference, fill, golden
 
 from tinydance import vae as vae_module
-from tinydance.vae import VAE, ReconstructionLoss
-from tinydance.weights import load_weights, save_safetensors
+from tinydance.toy.losses import ReconstructionLoss
+from tinydance.vae import VAE
+from tinydance.weights.load import load_weights
+from tinydance.weights.safetensors import save_safetensors
 
 
 def golden_vae():

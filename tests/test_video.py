@@ -11,15 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tinydance import video
-from tinydance.video import (
-    BadSample,
-    film_strip,
-    read_about,
-    read_clip,
-    read_image,
-    save_video,
-)
+from tinydance.vae import to_frames, to_pixels
+from tinydance.video.read import BadSample, read_all, read_clip, read_header, read_image, resize_crop
+from tinydance.video import read, write
+from tinydance.video.strips import film_strip
+from tinydance.video.write import SUFFIXES, read_about, save_video
 
 SIZE = (48, 64)
 TIMES = (0.0, 0.02, 0.59, 1.3, 1.81, 2.93)  # seconds; at 25 fps none is close to a new frame
@@ -96,7 +92,7 @@ def reason(path, start=0.0, frames=16, **how):
 @pytest.mark.parametrize("suffix", KINDS)
 def test_frames_are_those_on_screen_at_their_times(suffix, tmp_path):
     path = make_video(tmp_path / f"v.{suffix}", **KINDS[suffix])
-    assert video.read_header(path).seconds == pytest.approx(4.0, abs=0.05)
+    assert read_header(path).seconds == pytest.approx(4.0, abs=0.05)
     for start in TIMES:
         clip = read_clip(path, start, 5, 4, SIZE)
         assert clip.shape == (5, 3, *SIZE) and clip.dtype == torch.uint8
@@ -142,7 +138,7 @@ def test_shrinking_takes_the_mean_of_the_area_and_keeps_the_middle(size, rotatio
                       options={"crf": "0"})
     with av.open(str(path)) as container:
         whole = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    exact = video.resize_crop(Image.fromarray(np.rot90(whole, rotation // 90)), size)
+    exact = resize_crop(Image.fromarray(np.rot90(whole, rotation // 90)), size)
     shrunk = read_clip(path, 0, 1, 4, size)[0]
     assert shrunk.shape == exact.shape
     assert (shrunk.float() - exact.float()).abs().mean() < 12  # half a pixel's shift, other filters
@@ -164,7 +160,7 @@ def test_a_stream_that_states_no_length_is_measured(tmp_path):
     path = make_video(tmp_path / "v.mkv", muxing={"live": "1"})
     with av.open(str(path)) as container:
         assert container.duration is None and container.streams.video[0].duration is None
-    assert video.read_header(path).seconds == pytest.approx(4.0, abs=0.01)
+    assert read_header(path).seconds == pytest.approx(4.0, abs=0.01)
     assert numbers(read_clip(path, 2.93, 6, 4, SIZE)) == [73, 79, 85, 92, 98, 98]
 
 
@@ -197,12 +193,12 @@ def test_what_is_no_video_says_what_it_is(tmp_path):
     assert reason(tmp_path / "absent.mp4") == reason(tmp_path) == "missing"
     for address in ("http://127.0.0.1:9/good.mp4", f"concat:{tmp_path}/good.mp4"):
         with pytest.raises(BadSample, match="missing"):
-            video.read_header(address)
+            read_header(address)
 
 
 def test_a_video_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path = make_video(tmp_path / "v.mp4", frames=2)
-    monkeypatch.setattr(video, "MAX_PIXELS", SIZE[0] * SIZE[1] - 1)
+    monkeypatch.setattr(read, "MAX_PIXELS", SIZE[0] * SIZE[1] - 1)
     monkeypatch.setattr(av.VideoFrame, "to_ndarray", None, raising=False)
     assert reason(path) == "too_large"
 
@@ -223,22 +219,22 @@ def test_an_open_file_is_read_as_its_path_is(tmp_path):
     with open(path, "rb") as file:
         file.seek(77)
         assert torch.equal(read_clip(file, 1.3, 5, 4, SIZE), read_clip(path, 1.3, 5, 4, SIZE))
-        assert video.read_header(file) == video.read_header(path)
+        assert read_header(file) == read_header(path)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "webm", "ts"])
 def test_a_whole_video_is_read_in_pieces(suffix, tmp_path):
     path = make_video(tmp_path / f"v.{suffix}", frames=110, **KINDS[suffix])  # 4.4 s
-    pieces = list(video.read_all(path, 4, SIZE, at_once=7))
+    pieces = list(read_all(path, 4, SIZE, at_once=7))
     assert [len(piece) for piece in pieces] == [7, 7, 4]
     assert numbers(torch.cat(pieces)) == [int(k / 4 * 25) for k in range(18)]
-    assert numbers(torch.cat(list(video.read_all(path, 4, SIZE, 1, 2.5)))) == [
+    assert numbers(torch.cat(list(read_all(path, 4, SIZE, 1, 2.5)))) == [
         25, 31, 37, 43, 50, 56]  # fmt: skip
 
 
 def test_a_header_says_what_it_says(tmp_path):
     path = make_video(tmp_path / "v.webm", frames=30, fps=15, **KINDS["webm"])
-    header = video.read_header(path)
+    header = read_header(path)
     assert header[1:] == (64, 48, 15.0, "libvpx-vp9") or header[1:] == (64, 48, 15.0, "vp9")
     assert header.seconds == pytest.approx(2.0, abs=0.01)
 
@@ -263,17 +259,17 @@ def test_damage_anywhere_gives_frames_or_bad_video_and_nothing_else(tmp_path):
 
 def test_pixels_and_frames_are_each_others_inverse():
     frames = torch.arange(256, dtype=torch.uint8).expand(2, 3, 256)
-    pixels = video.to_pixels(frames)
+    pixels = to_pixels(frames)
     assert pixels.min() == -1 and pixels.max() == 1
-    assert torch.equal(video.to_frames(pixels), frames)
-    assert video.to_frames(torch.tensor([-9.0, 9.0, 0.001])).tolist() == [0, 255, 128]
+    assert torch.equal(to_frames(pixels), frames)
+    assert to_frames(torch.tensor([-9.0, 9.0, 0.001])).tolist() == [0, 255, 128]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 64), (64, 20), (7, 9)])
 def test_resize_crop_keeps_the_middle_and_the_shape(size):
     y, x = np.mgrid[-60:60, -100:100] + 0.5
     disc = Image.fromarray(np.uint8(255 * (x ** 2 + y ** 2 < 30 ** 2))).convert("RGB")
-    out = video.resize_crop(disc, size)[0].float() / 255
+    out = resize_crop(disc, size)[0].float() / 255
     scale = min(120 / size[0], 200 / size[1])
     ys, xs = torch.meshgrid(*(torch.arange(n) + 0.5 - n / 2 for n in size), indexing="ij")
     assert (out * xs).sum().abs() / out.sum() < 0.05 and (out * ys).sum().abs() / out.sum() < 0.05
@@ -284,8 +280,8 @@ def test_resize_crop_keeps_the_middle_and_the_shape(size):
 def test_shrinking_averages_and_the_same_size_changes_nothing():
     checker = np.indices((128, 128)).sum(0) % 2 * 255
     picture = Image.fromarray(np.repeat(checker[:, :, None], 3, 2).astype(np.uint8))
-    assert (video.resize_crop(picture, (16, 16)).float() - 127.5).abs().max() < 3
-    assert torch.equal(video.resize_crop(picture, (128, 128))[0], torch.from_numpy(checker).byte())
+    assert (resize_crop(picture, (16, 16)).float() - 127.5).abs().max() < 3
+    assert torch.equal(resize_crop(picture, (128, 128))[0], torch.from_numpy(checker).byte())
 
 
 def corners(picture):
@@ -442,7 +438,7 @@ def test_a_png_is_the_film_strip(tmp_path):
         assert np.array_equal(np.array(strip), np.array(film_strip([striped()])))
 
 
-@pytest.mark.parametrize("suffix", video.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_no_file_is_replaced_unless_allowed(suffix, tmp_path):
     path = tmp_path / f"clip{suffix}"
     path.write_text("mine")
@@ -459,13 +455,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     path = tmp_path / "clip.mp4"
     path.write_text("mine")
-    monkeypatch.setattr(video, "_write_mp4", full)
+    monkeypatch.setattr(write, "_write_mp4", full)
     with pytest.raises(OSError, match="No space"):
         save_video(striped(), path, overwrite=True)
     assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
 
 
-NAMES = [f"clip{suffix}" for suffix in video.SUFFIXES] + ["clip/"]
+NAMES = [f"clip{suffix}" for suffix in SUFFIXES] + ["clip/"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -549,7 +545,7 @@ def test_captions_lose_their_accents_and_not_their_letters():
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
     for frames, name, fps, words in [
             (striped(), "a.webm", 4, ".mp4 or .gif or .apng or .png"), (striped(), "a", 4, ".mp4"),
-            (video.to_pixels(striped()), "a.mp4", 4, "to_frames"),
+            (to_pixels(striped()), "a.mp4", 4, "to_frames"),
             (striped()[0], "a.mp4", 4, "f, 3, H"), (striped()[:0], "a.mp4", 4, "f, 3, H"),
             (striped(), "a.mp4", 0, "fps")]:
         with pytest.raises(ValueError, match=words):

@@ -13,19 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from tinydance.weights import (
-    load_into,
-    load_safetensors,
-    load_weights,
-    read_config,
-    save_safetensors,
+from tinydance.weights.files import read_config, whole_file, write_config
+from tinydance.weights.ldm import (
     text_from_openclip,
     unet_from_ldm,
     vae_attention_names,
     vae_from_ldm,
-    whole_file,
-    write_config,
 )
+from tinydance.weights.load import load_into, load_weights
+from tinydance.weights.safetensors import load_safetensors, save_safetensors
 
 KEYS = Path(__file__).parent / "keys"
 

@@ -9,7 +9,7 @@ import torch
 
 from tinydance import config as config_module
 from tinydance.config import make_config
-from tinydance.stages import train
+from tinydance.run.stages import train
 
 torch.set_num_threads(1)
 

@@ -9,6 +9,7 @@ last block, with 1.x OpenAI's ViT-L: the same code, told apart by config.json.
 Read `vae.py` before this file and `weights.py` after it. Not here: the image tower, and the
 projection into the space that text and images share, neither of which PixelDance uses.
 """
+
 import inspect
 import re
 import unicodedata
@@ -18,22 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinydance.weights import (
-    load_into,
-    load_weights,
-    read_config,
-    read_json,
-    save_safetensors,
-    text_from_openclip,
-    whole_file,
-    write_config,
-    write_json,
-)
+from tinydance.weights.files import read_config, read_json, whole_file, write_config, write_json
+from tinydance.weights.ldm import text_from_openclip
+from tinydance.weights.load import load_into, load_weights
+from tinydance.weights.safetensors import save_safetensors
 
 # ---- tokenizer -----------------------------------------------------------------------------------
 
 LENGTH = 77  # tokens per text, the two specials included [CLIP]
+
+
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+
 CONTRACTION = re.compile("'(?:s|t|re|ve|m|ll|d)")
 
 
@@ -192,22 +190,6 @@ class Tokenizer:
         return " ".join(dropped)
 
 
-def build_vocabulary(words, pad_id: int | None = None, length: int = LENGTH) -> Tokenizer:
-    """A Tokenizer with each of the words as one token; it spells all other text by bytes [ours].
-
-    In CLIP's own file format and order: bytes, bytes that end a word, merges, the two specials."""
-    symbols = [*BYTE_SYMBOLS.values(), *(symbol + "</w>" for symbol in BYTE_SYMBOLS.values())]
-    ranks = {}
-    for word in (part for word in words for part in split_words(word)):
-        # new merges rank last, so they cannot change a word that is one token already
-        while len(pieces := merge_symbols(word, ranks)) > 1:
-            ranks[pieces[0], pieces[1]] = len(ranks)
-    symbols += [left + right for left, right in ranks] + [START, END]
-    # two pairs may join to one symbol, which gets one id
-    vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
-    return Tokenizer(vocab, ranks, pad_id, length)
-
-
 # ---- text tower ----------------------------------------------------------------------------------
 
 def quick_gelu(x):
@@ -330,41 +312,3 @@ class TextTower(nn.Module):
                               "model_type": "clip_text_model"})
         tensors = {name: t.to(dtype or t.dtype) for name, t in self.state_dict().items()}
         save_safetensors(tensors, Path(folder) / "model.safetensors")
-
-
-# ---- how the toy's tower learns words ------------------------------------------------------------
-
-
-class ContrastiveLoss(nn.Module):
-    """CLIP's own training in miniature [CLIP]: captions are to be like their own clips.
-
-    CLIP pairs texts with pictures; a toy text tower must also tell "left" from "right", so it is
-    paired with clips. [ours] The video tower, four frames as one picture of 12 channels through
-    three convolutions, is thrown away afterwards."""
-
-    FRAMES = 4
-
-    def __init__(self, tower, tokenizer, width=64):
-        super().__init__()
-        self.tower, self.tokenizer = tower, tokenizer
-        self.video_tower = nn.Sequential(
-            nn.Conv2d(3 * self.FRAMES, width, 5, stride=2, padding=2), nn.GELU(),
-            nn.Conv2d(width, 2 * width, 5, stride=2, padding=2), nn.GELU(),
-            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1), nn.GELU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, width, bias=False))
-        self.projection = nn.Linear(tower.config["hidden_size"], width, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-
-    def forward(self, pixels, captions, numbers):
-        """pixels (b, f, 3, H, W) and their captions -> the loss."""
-        picks = torch.linspace(0, pixels.shape[1] - 1, self.FRAMES).long()
-        video = F.normalize(self.video_tower(pixels[:, picks].flatten(1, 2)).float(), dim=-1)
-        ids = self.tokenizer(captions).to(pixels.device)
-        ends = (ids == self.tokenizer.end_id).int().argmax(dim=1)  # the first; the rest is padding
-        at_end = self.tower(ids)[torch.arange(len(ids)), ends]
-        text = F.normalize(self.projection(at_end).float(), dim=-1)
-        logits = self.logit_scale.exp().clamp(max=100) * video @ text.T
-        # clips with the same caption are equally right
-        same = torch.tensor([[float(a == b) for b in captions] for a in captions]).to(logits)
-        truth = same / same.sum(dim=1, keepdim=True)
-        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2

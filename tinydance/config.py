@@ -7,12 +7,9 @@ Read before: `video.py`. Read after: `train.py`, `sample.py`.
 Not here: how a network is shaped. That is the table at the end, in the config files' own words.
 """
 
-import argparse
 import contextlib
 import difflib
 import math
-import os
-import sys
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
@@ -137,6 +134,8 @@ class Config:
 # parameters for one consumer GPU with SD 2.1's VAE and text tower, and toy, for two cores and 80
 # minutes, are ours.
 COLUMNS = ("paper", "paper-hd", "small", "toy")
+
+
 PRESETS = {
     "out":              ("runs/paper",    "runs/paper-hd",          "runs/small",    "runs/toy"),
     "init":             ("",              "runs/paper/video/model", "",              "shipped"),
@@ -171,6 +170,8 @@ PRESETS = {
     "save_every":       (1000,            1000,                     1000,            500),
     "sample_every":     (2000,            2000,                     2000,            1000),
 }  # fmt: skip
+
+
 # (1) SD's schedule leaves sqrt(alpha_bar_T) = 0.068 of the signal: over a clip of small latents,
 #     enough to read from z_T where things will be, and to learn nothing from first frame and text.
 #     Here 40 % of the steps are noisier than that: so many teach what the words mean.
@@ -216,12 +217,6 @@ def did_you_mean(word: str, known) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
-def describe(config: Config) -> str:
-    """One line a field, aligned: name, value, and where the choice comes from."""
-    rows = ((f.name, str(getattr(config, f.name)), f.metadata["help"]) for f in fields(config))
-    return "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows)
-
-
 def choose_device(name: str) -> str:
     """"auto" -> the best kind there is. Raises ValueError for one that is not there."""
     mps = torch.backends.mps.is_available()
@@ -250,30 +245,6 @@ def choose_dtype(name: str, kind: str) -> torch.dtype:
 def autocast(kind: str, dtype: torch.dtype):
     """Matrix products and convolutions in bfloat16, whose range needs no loss scale."""
     return torch.autocast(kind, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with the script's docstring as help and one line for an error."""
-
-    def __init__(self, description: str):
-        shown = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=shown, allow_abbrev=False)
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def run_main(main) -> None:
-    """Run a script's main(); what the user gave wrongly ends it in one line and exit code 2."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        # What is wrong with the arguments every rank finds; what happens later may be one's own.
-        rank, joined = os.environ.get("RANK", "0"), torch.distributed.is_initialized()
-        if rank == "0" or joined:
-            who = f"rank {rank}: " if joined else ""
-            print(f"{os.path.basename(sys.argv[0])}: {who}{error}", file=sys.stderr, flush=True)
-        sys.exit(2)
 
 
 # How the networks are shaped: arguments of UNet, VAE and TextTower, in the words of the hub's

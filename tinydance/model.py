@@ -18,11 +18,10 @@ from tinydance.clip import TextTower, Tokenizer
 from tinydance.schedulers import Schedule
 from tinydance.unet import UNet
 from tinydance.vae import VAE
-from tinydance.weights import load_into, read_config, read_json, vae_from_ldm, write_json
+from tinydance.weights.files import read_config, read_json, write_json
+from tinydance.weights.ldm import vae_from_ldm
+from tinydance.weights.load import load_into
 
-# What comes with the package: the toy model, and the image model that its training starts from.
-SHIPPED = Path(__file__).parent / "toy_model"
-SHIPPED_IMAGE = Path(__file__).parent / "toy_image_model"
 # OpenCLIP's ViT-H/14 without its last block [SD]; "!" (id 0) pads.
 SD2_TEXT = {
     "hidden_size": 1024,

@@ -7,6 +7,8 @@ would, and clip 3 of seed 0 is the same clip alone or among eight. [ours; after 
 Read with `sampling.py` and `training.py`.
 """
 
+from __future__ import annotations
+
 import zlib
 
 import numpy as np
@@ -24,3 +26,9 @@ def generator(purpose: str, *key: int) -> torch.Generator:
 def draw(generators: list[torch.Generator], *shape: int, device=None) -> Tensor:
     """Standard normal (n, *shape), one generator a row: a clip's noise is the same in any batch."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+
+def random(purpose: str, *key: int) -> np.random.Generator:
+    """The purpose keeps streams apart: were `frame` to draw from the scene's numbers, the frame
+    shown would depend on the shape."""
+    return np.random.default_rng((zlib.crc32(purpose.encode()), *key))

@@ -24,7 +24,7 @@ from torch import Tensor
 from tinydance.conditioning import make_c_image
 from tinydance.model import PixelDance
 from tinydance.noise import draw, generator
-from tinydance.progress import progress
+from tinydance.run.cli import progress
 from tinydance.schedulers import Schedule, ddim_step, ddpm_step
 
 Denoiser = Callable[[Tensor, int, int], Tensor]  # (z_t, diffusion time t, number of the step i)

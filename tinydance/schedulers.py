@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinydance.weights import read_json, write_json
+from tinydance.weights.files import read_json, write_json
 
 
 @dataclass(frozen=True)

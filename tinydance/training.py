@@ -8,19 +8,16 @@ Read before: `unet.py`. Read after: `checkpoints.py`, `stages.py`, `train.py`.
 Not here: weights sharded over devices (the optimizer's state can be).
 """
 
+from __future__ import annotations
+
 import contextlib
-import copy
-import json
 import math
 import os
-import signal
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,16 +25,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tinydance.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image, sketch
 from tinydance.config import Config, autocast, choose_device, choose_dtype
-from tinydance.data import COUNTED, Batch, Quota, said
-from tinydance.latents import draw_latents
 from tinydance.model import PixelDance
 from tinydance.noise import draw, generator
-from tinydance.progress import Progress
 from tinydance.schedulers import add_noise, target
-from tinydance.video import to_pixels
+from tinydance.vae import draw_latents, to_pixels
+
+
+class Clip(NamedTuple):
+    frames: torch.Tensor  # uint8 (f, 3, H, W); from a cache, latents float16 (f, 8, h, w)
+    caption: str
+    name: str             # where it comes from
+    counts: Counter = Counter()  # of COUNTED: what happened on the way to it
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches
+
+class Batch(NamedTuple):
+    step: int
+    frames: torch.Tensor  # uint8 (b, f, 3, H, W); from a cache, latents float16 (b, f, 8, h, w)
+    captions: list[str]
+    numbers: list[int]    # the samples' numbers
+    names: list[str]      # where they come from
+    counts: Counter = Counter()  # of COUNTED, over the samples
 
 
 # ------------------------------------------------------------------------------------- the loss
@@ -199,77 +211,6 @@ class Stage:
     divisible: bool = True  # is the loss of a batch the mean of its samples' losses?
 
 
-def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
-    """Train a stage to its end, from the newest checkpoint if there is one; -> the EMA weights.
-
-    A run that stopped and goes on equals a straight one: every random number is a function of
-    (seed, step, sample), so a step needs no more than the weights, their averages and Adam's state.
-    Raises Interrupted after SIGTERM, SIGUSR1 or Ctrl-C, saved at the current step; ValueError
-    after `max_skips` steps in a row whose gradients are not finite, or where too many samples are
-    bad (see `data.Quota`); OSError where the disk is full.
-    """
-    objective, trained, steps = stage.objective, stage.trained, stage.steps
-    folder = Path(config.out) / stage.name
-    objective.to(machine.device).train()
-    ema = copy.deepcopy(trained).eval().requires_grad_(False)
-    optimizer = machine.optimizer(objective, stage.lr, config)
-    start = resume(folder / "checkpoints", config, objective, ema, optimizer)
-    if start >= steps:
-        return ema
-    step_loss = machine.distribute(objective, trained)
-
-    stop, skipped, quota = StopSignal(), 0, Quota(config.max_bad)
-    log = Log(stage.name, folder, start, steps) if machine.rank == 0 else None
-    for waited, batch in timed(stage.stream(start, steps)):
-        step, dropout = batch.step, generator("dropout", config.seed, batch.step, machine.rank)
-        torch.manual_seed(dropout.initial_seed())
-        rate = learning_rate(step, steps, stage.lr, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        # ------------------------------------------------------------------ the step
-        optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW leaves what has no gradient
-        loss = backward(step_loss, batch, micro_batch(stage, batch, config, machine), machine)
-        norm = nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad)
-        if torch.isfinite(norm):  # the same on all ranks: the gradients are
-            optimizer.step()
-        update_ema(ema, trained, step, config.ema)
-        # ---------------------------------------------------------------------------
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        counts = [batch.counts[name] for name in COUNTED]
-        loss, waited, stopping, *counts = machine.mean(loss, waited, float(stop.asked), *counts)
-        counts = {name: round(n * machine.world_size) for name, n in zip(COUNTED, counts) if n}
-        done = step + 1
-        last = done == steps or stopping > 0
-        if log:
-            log.step(done, loss, float(norm), rate, waited, batch.frames.shape[1] == 1, counts)
-        quota.add(len(batch.numbers) * machine.world_size, counts)
-        if skipped == config.max_skips:
-            raise ValueError(f"{skipped} steps in a row without finite gradients; "
-                             f"the last, {done}, had {', '.join(batch.names)}")  # fmt: skip
-        if done % config.save_every == 0 or last:
-            machine.gather(optimizer)
-            if machine.rank == 0:
-                stage.publish(ema)  # first: a run killed meanwhile comes back to this step
-                state = {
-                    "step": done, "config": asdict(config), "objective": objective.state_dict(),
-                    "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                }  # fmt: skip
-                save_checkpoint(folder / "checkpoints", done, state)
-            machine.wait()
-        if done % config.sample_every == 0 or last:
-            if machine.rank == 0:
-                save_picture(stage.show(ema), folder / "samples" / f"step_{done:08d}.png")
-            machine.wait()
-        if stopping:
-            break
-    if log:
-        log.close()
-    stop.restore()
-    if stopping and done < steps:
-        raise Interrupted(f"stopped at step {done} of {steps} of stage {stage.name}, and saved")
-    return ema
-
-
 def backward(step_loss: nn.Module, batch: Batch, micro: int, machine: Machine) -> float:
     """Leave the gradients of this rank's mean loss, `micro` samples at a time; -> that loss.
 
@@ -297,117 +238,3 @@ def micro_batch(stage: Stage, batch: Batch, config: Config, machine: Machine) ->
     if config.micro_batch == 0 or not stage.divisible:
         return count
     return max(1, count * config.micro_batch * machine.world_size // config.batch)
-
-
-def timed(items: Iterable) -> Iterator[tuple[float, object]]:
-    """Each item, with the seconds that it was waited for."""
-    iterator, begun = iter(items), time.perf_counter()
-    for item in iterator:
-        yield time.perf_counter() - begun, item
-        begun = time.perf_counter()
-
-
-# Fields that may differ when a run goes on: where and how fast, not what.
-FREE = {"out", "init", "resume", "steps", "guidance", "tau", "device", "dtype", "compile",
-        "micro_batch", "zero", "timeout", "gradient_checkpointing", "workers", "save_every",
-        "sample_every", "max_skips", "max_bad", "vae_steps", "text_steps", "image_steps",
-        "video_steps"}  # fmt: skip
-
-
-def resume(folder: Path, config: Config, objective: nn.Module, ema: nn.Module, optimizer) -> int:
-    """Fill the three from the newest whole checkpoint -> its step, or 0 where there is none.
-
-    Raises ValueError naming the fields in which its configuration is another.
-    """
-    path = newest_checkpoint(folder) if config.resume == "auto" else None
-    if path is None:
-        return 0
-    state, now = load_checkpoint(path), asdict(config)
-    saved = state["config"]
-    changed = [
-        f"{name} was {saved[name]} and is {now[name]}"
-        for name in now
-        if name not in FREE and name in saved and saved[name] != now[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} was trained with other choices: {'; '.join(changed)}. "
-            "Use those, or another --out"
-        )
-    objective.load_state_dict(state["objective"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def save_picture(picture, path: Path) -> None:
-    """A sample that cannot be written is no reason to lose a run."""
-    if picture is None:
-        return
-    try:
-        path.parent.mkdir(exist_ok=True)
-        picture.save(path)
-    except OSError as error:
-        print(f"note: {path} could not be written: {error}", flush=True)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved."""
-
-
-class StopSignal:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C; the loop looks at it once a step. A second one kills."""
-
-    def __init__(self):
-        self.asked = False
-        names = [n for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
-        self.before = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names}
-        for number in self.before:
-            signal.signal(number, self.note)
-
-    def note(self, number, frame) -> None:
-        self.asked = True
-        signal.signal(number, self.before[number])
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-class Log:
-    """log.jsonl, a line a step, and the progress."""
-
-    def __init__(self, stage: str, folder: Path, start: int, steps: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "log.jsonl"
-        kept = []
-        if path.exists():  # steps after the checkpoint will be taken again
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file, self.begun = path.open("a"), time.time()
-        self.bar = Progress(stage, steps, "step", start, leave=True, file=sys.stdout)
-        self.smooth, self.waited, self.skipped = math.nan, 0.0, 0
-        self.counts = Counter()
-
-    def step(self, done, loss, norm, rate, waited: float, images: bool, counts: dict) -> None:
-        """waited: seconds of this step that went by until its data were there; counts: of samples
-        that were bad, or padded, or without caption."""
-        kind, seconds = "image" if images else "clip", time.time() - self.begun
-        record = {"step": done, "loss": loss, "grad_norm": norm, "lr": rate, "kind": kind}
-        record |= {"seconds": seconds, "waited": waited, "skipped": not math.isfinite(norm)}
-        record |= {"counts": counts} if counts else {}
-        self.counts.update(counts)
-        told = {"samples": said(self.counts)} if self.counts else {}
-        self.waited, self.skipped = self.waited + waited, self.skipped + record["skipped"]
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        if math.isfinite(loss):
-            self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
-        data = self.waited / max(seconds, 1e-9)
-        self.bar.update(loss=f"{self.smooth:.4f}", lr=f"{rate:.1e}", data=f"{data:.0%}",
-                        skipped=self.skipped, **told)  # fmt: skip
-
-    def close(self) -> None:
-        self.bar.close()
-        self.file.close()

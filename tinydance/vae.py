@@ -9,19 +9,27 @@ Read before: `training.py`. Read after: `clip.py`.
 Not here: the adversarial and perceptual losses that Stable Diffusion's was trained with.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinydance.noise import draw, generator
-from tinydance.weights import (
-    load_into,
-    load_weights,
-    read_config,
-    save_safetensors,
-    vae_from_ldm,
-    write_config,
-)
+from tinydance.weights.files import read_config, write_config
+from tinydance.weights.ldm import vae_from_ldm
+from tinydance.weights.load import load_into, load_weights
+from tinydance.weights.safetensors import save_safetensors
+
+
+def to_pixels(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 (..., 3, H, W) -> float in [-1, 1], as the VAE takes it [SD]."""
+    return frames.float() / 127.5 - 1
+
+
+def to_frames(pixels: torch.Tensor) -> torch.Tensor:
+    """Float in [-1, 1] -> uint8, rounded and clamped; undoes `to_pixels` exactly."""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
 
 FRAMES_AT_A_TIME = 16  # of a video, so that its length costs time and no memory
 
@@ -257,25 +265,7 @@ class VAE(nn.Module):
         save_safetensors(tensors, f"{path}/diffusion_pytorch_model.safetensors")
 
 
-class ReconstructionLoss(nn.Module):
-    """How a small VAE is trained from nothing [ours]: square error, and a slight pull to N(0, 1).
-
-    SD's recipe has the absolute error with a perceptual and an adversarial loss. Without these two,
-    the square error learns small objects far sooner: 32 dB against 24 after 1,600 toy steps.
-    """
-
-    KL_WEIGHT = 1e-6
-
-    def __init__(self, vae: VAE, seed: int):
-        super().__init__()
-        self.vae, self.seed = vae, seed
-
-    def forward(self, pixels: Tensor, captions: list[str], numbers: list[int]) -> Tensor:
-        """pixels (b, 1, 3, H, W), numbers the samples': single frames -> the loss."""
-        x = pixels.flatten(0, 1)
-        mean, logvar = (moment.float() for moment in self.vae.encode(x))
-        generators = [generator("vae", self.seed, n) for n in numbers]
-        eps = draw(generators, *mean.shape[1:], device=x.device)
-        y = self.vae.decode(mean + (0.5 * logvar).exp() * eps).float()
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return F.mse_loss(y, x) + self.KL_WEIGHT * kl
+def draw_latents(moments: Tensor, eps: Tensor) -> Tensor:
+    """Moments (b, f, 8, h, w) and eps (b, f, 4, h, w) -> z_0, as `VAE.encode_video` draws it."""
+    mean, std = moments.chunk(2, dim=2)
+    return mean + std * eps

@@ -2,7 +2,7 @@
 
 import torch
 
-from tinydance.toyworld import judge
+from tinydance.toy.referee import judge
 
 # %% 1
 def my_to_frames(pixels):

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from tinydance import evaluate
-from tinydance.toyworld import parse, referee
+from tinydance.toy import evaluate
+from tinydance.toy.referee import referee
+from tinydance.toy.world import parse
 
 # %% 1
 def my_standard_error(k, n):

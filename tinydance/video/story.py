@@ -28,27 +28,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinydance.checkpoints import sha256
 from tinydance.config import did_you_mean
 from tinydance.model import PixelDance
-from tinydance.progress import Progress
+from tinydance.run.checkpoints import sha256
+from tinydance.run.cli import Progress
 from tinydance.sampling import Sampling, chain, encode_picture, first_frame, sample_latents
-from tinydance.video import (
-    check_output,
-    film_strip,
-    read_image,
-    save_video,
-    to_frames,
-    to_pixels,
-)
-from tinydance.weights import whole_file
+from tinydance.vae import to_frames, to_pixels
+from tinydance.video.read import read_image
+from tinydance.video.strips import film_strip
+from tinydance.video.write import check_output, save_video
+from tinydance.weights.files import whole_file
 
 # What a story says for all shots, and what for one. Pictures: by paths from the story's folder.
 SHARED = {"style": str, "seed": int, "tau": (int, float, str), "guidance": (int, float)}
+
+
 OF_A_SHOT = SHARED | {"prompt": str, "first": str, "last": str, "clips": int, "cut": bool}
+
+
 OF_A_SHOT.pop("style")
+
+
 WANTED = {str: "words in quotes", int: "a whole number", bool: "true or false",
           (int, float): "a number", (int, float, str): "a number of steps or a share"}  # fmt: skip
+
+
 TILES = 8  # of a storyboard's row, at most
 
 

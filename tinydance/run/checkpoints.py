@@ -15,9 +15,13 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from tinydance.config import Config
 
 KEPT = 2  # whole checkpoints; the older ones go
 
@@ -95,3 +99,36 @@ def force_folder(path: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+# Fields that may differ when a run goes on: where and how fast, not what.
+FREE = {"out", "init", "resume", "steps", "guidance", "tau", "device", "dtype", "compile",
+        "micro_batch", "zero", "timeout", "gradient_checkpointing", "workers", "save_every",
+        "sample_every", "max_skips", "max_bad", "vae_steps", "text_steps", "image_steps",
+        "video_steps"}  # fmt: skip
+
+
+def resume(folder: Path, config: Config, objective: nn.Module, ema: nn.Module, optimizer) -> int:
+    """Fill the three from the newest whole checkpoint -> its step, or 0 where there is none.
+
+    Raises ValueError naming the fields in which its configuration is another.
+    """
+    path = newest_checkpoint(folder) if config.resume == "auto" else None
+    if path is None:
+        return 0
+    state, now = load_checkpoint(path), asdict(config)
+    saved = state["config"]
+    changed = [
+        f"{name} was {saved[name]} and is {now[name]}"
+        for name in now
+        if name not in FREE and name in saved and saved[name] != now[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} was trained with other choices: {'; '.join(changed)}. "
+            "Use those, or another --out"
+        )
+    objective.load_state_dict(state["objective"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]

@@ -12,14 +12,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tinydance.data import FIRST_IMAGE, Files, Mixture, WithPictures, said
-from tinydance.latents import Latents
-from tinydance.progress import progress
-from tinydance.sources import open_row
-from tinydance.video import BadSample, film_strip, picture_size, pictures_in, read_header
+from tinydance.data.cache import Latents
+from tinydance.data.index import open_row
+from tinydance.data.order import FIRST_IMAGE, Files, Mixture, WithPictures, said
+from tinydance.run.cli import progress
+from tinydance.video.read import BadSample, picture_size, pictures_in, read_header
+from tinydance.video.strips import film_strip
 
 HEADERS = 1000  # rows of each source whose headers are read
+
+
 SAMPLES = 64    # clips that are read whole
+
+
 SHOWN = 16      # of them on the sheet, and as many pictures of image steps
 
 

@@ -19,15 +19,15 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinydance.clip import LENGTH, TextTower, build_vocabulary
+from tinydance.clip import LENGTH, TextTower
 from tinydance.config import NETWORKS, Config
-from tinydance.data import open_source
+from tinydance.data.open import open_source
 from tinydance.model import SD2_TEXT, PixelDance
 from tinydance.schedulers import Schedule
+from tinydance.toy.losses import build_vocabulary
 from tinydance.training import DiffusionLoss, Machine
 from tinydance.unet import UNet
-from tinydance.vae import VAE
-from tinydance.video import to_pixels
+from tinydance.vae import VAE, to_pixels
 
 REPEATS = 3
 

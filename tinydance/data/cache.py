@@ -25,12 +25,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from tinydance import video
-from tinydance.data import Clip, Files, Mixture, Quota, WithPictures, ignore_signals, said
-from tinydance.progress import Progress
-from tinydance.sources import Rows, Texts, open_row
-from tinydance.vae import FRAMES_AT_A_TIME, VAE
-from tinydance.weights import load_safetensors, read_json, save_safetensors, write_json
+from tinydance.data.batches import Quota, ignore_signals
+from tinydance.data.index import Rows, Texts, open_row
+from tinydance.data.order import Files, Mixture, WithPictures, said
+from tinydance.run.cli import Progress
+from tinydance.training import Clip
+from tinydance.vae import FRAMES_AT_A_TIME, VAE, to_pixels
+from tinydance.video.read import BadSample, read_all
+from tinydance.weights.files import read_json, write_json
+from tinydance.weights.safetensors import load_safetensors, save_safetensors
 
 SHARD = 256  # rows of the data in a shard: what an interruption may cost
 
@@ -85,7 +88,7 @@ class Latents(Files):
         shard, first, count = self.rows.places[:, i].tolist()
         spare, caption = count - frames, self.rows.captions[i]
         if spare < 0 and self.short == "reject":
-            raise video.BadSample("too_short", f"{self.rows.names[i]} {count / self.fps:.2f} s")
+            raise BadSample("too_short", f"{self.rows.names[i]} {count / self.fps:.2f} s")
         first += int(draw.random() * (max(0, spare) + 1))  # as Files with starts on the grid
         moments = load_safetensors(shard_path(self.rows.folder, shard))["moments"]
         moments = moments[first + torch.arange(frames).clamp(max=count - 1)]  # the last, repeated
@@ -132,15 +135,9 @@ def moments_of(vae: VAE, frames: Tensor) -> Tensor:
     """uint8 (f, 3, H, W) -> scaled mean and standard deviation, float16 (f, 8, h, w)."""
     device, parts = vae.quant_conv.weight.device, []
     for some in frames.split(FRAMES_AT_A_TIME):
-        mean, logvar = vae.encode(video.to_pixels(some.to(device)))
+        mean, logvar = vae.encode(to_pixels(some.to(device)))
         parts.append(torch.cat([mean.float(), (0.5 * logvar.float()).exp()], dim=1))
     return (torch.cat(parts) * vae.config["scaling_factor"]).half().cpu()
-
-
-def draw_latents(moments: Tensor, eps: Tensor) -> Tensor:
-    """Moments (b, f, 8, h, w) and eps (b, f, 4, h, w) -> z_0, as `VAE.encode_video` draws it."""
-    mean, std = moments.chunk(2, dim=2)
-    return mean + std * eps
 
 
 def write_cache(source, vae: VAE, folder: str | Path, data: str, rank: int = 0, world_size: int = 1,
@@ -221,9 +218,9 @@ class _Pieces(IterableDataset):
                 row = rows[i]
                 name, caption = row.name, " ".join(row.caption.split())
                 with open_row(row) as file:
-                    for piece in video.read_all(file, self.source.fps, self.source.size, row.start,
+                    for piece in read_all(file, self.source.fps, self.source.size, row.start,
                                                 row.end):
                         yield i, piece, "", "", ""
-            except video.BadSample as error:
+            except BadSample as error:
                 reason = error.reason
             yield i, None, name, caption, reason

@@ -18,23 +18,29 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinydance.clip import ContrastiveLoss, TextTower, Tokenizer, build_vocabulary
-from tinydance.config import NETWORKS, Config, describe
-from tinydance.data import Source, batches, open_source
-from tinydance.inspection import inspect
-from tinydance.latents import caches, check_vae, write_cache
-from tinydance.model import SHIPPED_IMAGE, ClipSettings, PixelDance
-from tinydance.sampling import sample_frames
+from tinydance.clip import TextTower, Tokenizer
+from tinydance.config import NETWORKS, Config
+from tinydance.data.batches import batches
+from tinydance.data.cache import caches, check_vae, write_cache
+from tinydance.data.open import Source, open_source
+from tinydance.model import ClipSettings, PixelDance
+from tinydance.run.cli import describe
+from tinydance.run.fit import fit
+from tinydance.run.inspect import inspect
+from tinydance.run.log import Interrupted, StopSignal
 from tinydance.schedulers import Schedule
-from tinydance.training import DiffusionLoss, Interrupted, Machine, Stage, StopSignal, fit
+from tinydance.toy import SHIPPED_IMAGE
+from tinydance.toy.losses import ContrastiveLoss, ReconstructionLoss, build_vocabulary
+from tinydance.training import DiffusionLoss, Machine, Stage
 from tinydance.unet import UNet, is_temporal
-from tinydance.vae import VAE, ReconstructionLoss
-from tinydance.video import film_strip, to_frames, to_pixels
+from tinydance.vae import VAE, to_frames, to_pixels
+from tinydance.video.strips import film_strip, psnr, show_clips, show_images
 
 STAGES = ("vae", "text", "image", "video")
+
+
 HELD_OUT = 1_000_003  # added to the seed of the clips that are shown and never trained on
 
 
@@ -45,7 +51,9 @@ def train(config: Config, stage: str = "all") -> None:
         print(f"tinydance on {machine.world_size} x {machine.device}, {machine.dtype}")
         print(describe(config), flush=True)
     if stage == "benchmark":
-        from tinydance.benchmark import benchmark  # what it measures with is not on every system
+        from tinydance.run.benchmark import (
+            benchmark,  # what it measures with is not on every system
+        )
 
         print(benchmark(config, machine), flush=True)
         return machine.close()
@@ -294,47 +302,3 @@ BUILD: dict[str, Callable[..., Stage]] = {
     "image": partial(unet_stage, "image"),
     "video": partial(unet_stage, "video"),
 }
-
-
-# ------------------------------------------------------------------------------------- the pictures
-def show_images(model: PixelDance, held_out: Source, seed: int):
-    """A sheet of single frames: a row of eight seeds for each of six held-out captions."""
-    captions = [held_out.frame(n).caption for n in range(6)]
-    frames = to_frames(sample_frames(model, captions * 8, frames=1, seed=seed))
-    rows = frames.unflatten(0, (8, 6)).transpose(0, 1).flatten(1, 2)  # (8 6) 1 -> 6 8
-    return film_strip(list(rows), captions)
-
-
-def show_clips(model: PixelDance, held_out: Source, seed: int, count: int = 3, **settings):
-    """Held-out captions, each from text alone, with the first frame, with the last one as well."""
-    clips = [held_out.clip(n) for n in range(count)]
-    captions = [clip.caption for clip in clips]
-    pixels = pixels_of(model, [clip.frames for clip in clips])
-    frames = to_frames(pixels).cpu()
-    first, last = pixels[:, 0], pixels[:, -1]
-    given = {"text": (None, None), "text, first": (first, None), "text, first, last": (first, last)}
-    rows, titles, firsts, lasts = [], [], [], []
-    made = {
-        name: to_frames(sample_frames(model, captions, *asked, seed=seed, **settings))
-        for name, asked in given.items()
-    }
-    for n, caption in enumerate(captions):
-        for name, (I_first, I_last) in given.items():
-            rows.append(made[name][n])
-            titles.append(f"{caption} ({name})")
-            firsts.append(None if I_first is None else frames[n, 0])
-            lasts.append(None if I_last is None else frames[n, -1])
-    return film_strip(rows, titles, first=firsts, last=lasts)
-
-
-def pixels_of(model: PixelDance, clips: list[Tensor]) -> Tensor:
-    """What a source gave, uint8 (f, 3, H, W) or moments (f, 8, h, w), as pixels (b, f, 3, H, W)."""
-    if clips[0].dtype == torch.uint8:
-        return to_pixels(torch.stack(clips)).to(model.device)
-    moments = torch.stack([clip.float() for clip in clips]).to(model.device)
-    return model.vae.decode_video(moments.chunk(2, dim=2)[0]).clamp(-1, 1)
-
-
-def psnr(x: Tensor, y: Tensor) -> float:
-    """Peak signal-to-noise ratio of pixels in [-1, 1], in dB."""
-    return float(10 * torch.log10(4 / F.mse_loss(y.clamp(-1, 1), x)))

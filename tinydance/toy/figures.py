@@ -1,8 +1,8 @@
 """Figures of directing, in the toy world, whose referee reads clips without any network.
 
-    python -m tinydance.figures tau   --clips 200 --out tau.png    # the paper's Figure 7 in numbers
-    python -m tinydance.figures drift --clips 8   --out drift.png  # 64 clips in a chain
-    python -m tinydance.figures edit  --clips 200 --out edit.png   # section 4.5's video editing
+    python -m tinydance.toy.figures tau   --clips 200 --out tau.png    # the paper's Figure 7 in numbers
+    python -m tinydance.toy.figures drift --clips 8   --out drift.png  # 64 clips in a chain
+    python -m tinydance.toy.figures edit  --clips 200 --out edit.png   # section 4.5's video editing
 
 Each prints a table and draws a plot. One process uses one core well; for more, run several, each
 with a --seed of its own and --save, and read what they saved together: --read a.json b.json.
@@ -19,25 +19,24 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tinydance.config import Parser, autocast, choose_device, choose_dtype, run_main
-from tinydance.evaluate import AT_A_TIME, BACK, HIDDEN_SEED, decibels, there_and_back
-from tinydance.model import SHIPPED, PixelDance
-from tinydance.progress import Progress
+from tinydance.config import autocast, choose_device, choose_dtype
+from tinydance.model import PixelDance
+from tinydance.run.cli import Parser, Progress, run_main
 from tinydance.sampling import Sampling, encode_picture, sample_frames, sample_latents
-from tinydance.toyworld import (
-    BACKGROUNDS,
-    World,
-    caption_of,
-    judge,
-    referee,
-    render,
-    sample_scene,
-)
-from tinydance.video import to_frames, to_pixels
+from tinydance.toy import SHIPPED
+from tinydance.toy.evaluate import AT_A_TIME, BACK, HIDDEN_SEED, decibels, there_and_back
+from tinydance.toy.referee import judge, referee
+from tinydance.toy.world import BACKGROUNDS, World, caption_of, render, sample_scene
+from tinydance.vae import to_frames, to_pixels
 
 LINKS = 64  # clips of a chain
+
+
 STEPS = 20  # of sampling in `tau`, which goes by 5
+
+
 INK = ["#2864c8", "#d63031", "#27a04f", "#8e44ad", "#e08e0b", "#555555"]
+
 
 Record = dict[str, float | str]  # one measured clip
 

@@ -1,8 +1,8 @@
 """How well a toy model follows its instructions: the referee's verdict on clips that it never saw.
 
-    python -m tinydance.evaluate --model FOLDER --clips 200
-    python -m tinydance.evaluate --strip clips.png              # look before you measure
-    python -m tinydance.evaluate --nearest nearest.png          # is it remembered, or made?
+    python -m tinydance.toy.evaluate --model FOLDER --clips 200
+    python -m tinydance.toy.evaluate --strip clips.png              # look before you measure
+    python -m tinydance.toy.evaluate --nearest nearest.png          # is it remembered, or made?
 
 One row per instruction: text alone, the first frame without and with its text, each of them with
 the last frame as well; the strict one, in which the same first frame is given with every motion in
@@ -22,36 +22,48 @@ import torch
 from torch import Tensor
 
 from tinydance.conditioning import sketch
-from tinydance.config import Parser, autocast, choose_device, choose_dtype, run_main
-from tinydance.data import ToyWorld
-from tinydance.model import SHIPPED, PixelDance
-from tinydance.progress import Progress, progress
+from tinydance.config import autocast, choose_device, choose_dtype
+from tinydance.model import PixelDance
+from tinydance.run.cli import Parser, Progress, progress, run_main
 from tinydance.sampling import sample_frames
-from tinydance.toyworld import (
+from tinydance.toy import SHIPPED
+from tinydance.toy.referee import judge, referee
+from tinydance.toy.source import ToyWorld
+from tinydance.toy.world import (
     CHANGES,
     CUTS,
     World,
     caption_of,
     is_seen,
-    judge,
     make_clip,
     parse,
-    referee,
     render,
     sample_scene,
 )
-from tinydance.stages import show_clips
-from tinydance.video import film_strip, to_frames, to_pixels
+from tinydance.vae import to_frames, to_pixels
+from tinydance.video.strips import film_strip, show_clips
 
 HIDDEN_SEED = 1_000_003_000  # of the evaluation's clips; training seeds are small numbers
+
+
 ATTRIBUTES = ("colour", "shape", "background", "motion")
+
+
 AT_A_TIME = 16
+
+
 CHAIN = 8  # clips
+
+
 ROWS = ("text", "first", "first, last", "text, first", "text, first, last",
         "same first, each motion", f"chain of {CHAIN}, the last clip")  # fmt: skip
+
+
 # A chain goes there and back, or it would leave the picture.
 BACK = [("moves to the right", "moves to the left"), ("moves up", "moves down"),
         ("grows", "shrinks"), ("bounces to the right", "bounces to the left")]  # fmt: skip
+
+
 BACK = dict(BACK) | {b: a for a, b in BACK}
 
 

@@ -3,11 +3,17 @@
 Read after `config.py`. Not here: what a training says of itself besides (`training.Log`).
 """
 
+import argparse
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 
+import torch
 from tqdm import tqdm
+
+from tinydance.config import Config
 
 EVERY = 20  # seconds between plain lines
 
@@ -69,3 +75,33 @@ def progress(items: Iterable, what: str, unit: str, total=None, shown=True) -> I
         for item in items:
             yield item
             bar.update()
+
+
+def describe(config: Config) -> str:
+    """One line a field, aligned: name, value, and where the choice comes from."""
+    rows = ((f.name, str(getattr(config, f.name)), f.metadata["help"]) for f in fields(config))
+    return "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the script's docstring as help and one line for an error."""
+
+    def __init__(self, description: str):
+        shown = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=shown, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def run_main(main) -> None:
+    """Run a script's main(); what the user gave wrongly ends it in one line and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        # What is wrong with the arguments every rank finds; what happens later may be one's own.
+        rank, joined = os.environ.get("RANK", "0"), torch.distributed.is_initialized()
+        if rank == "0" or joined:
+            who = f"rank {rank}: " if joined else ""
+            print(f"{os.path.basename(sys.argv[0])}: {who}{error}", file=sys.stderr, flush=True)
+        sys.exit(2)

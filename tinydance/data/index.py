@@ -25,13 +25,21 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from tinydance.progress import progress
-from tinydance.video import BadSample
+from tinydance.run.cli import progress
+from tinydance.video.read import BadSample
 
 VIDEO_FILES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".ts")
+
+
 PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
 TEXT_FILES = (".txt", ".json")
+
+
 MAX_TEXT = 2**16  # bytes of a caption or of a tar's long name that are read
+
+
 WEBVID = "videoid", "page_dir", "name"  # the columns of its CSV
 
 
