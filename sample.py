@@ -2,14 +2,9 @@
 
     python sample.py "a red circle bounces to the right"
     python sample.py "a red circle moves up" --first a.png --last b.png --tau 50% --out clip.gif
-    python sample.py "a red circle grows" --clips 4         a long video; --resume goes on with it
-    python sample.py --story story.toml --out film.mp4      shots, and film_storyboard.png
-    python sample.py --prompts prompts.txt --out clips/x.mp4    a video a line; also under torchrun
-    python sample.py "a blue star grows" --edit clip.mp4 --first edited_a.png --last edited_b.png
+    python sample.py --story story.toml --out film.mp4      --resume goes on where it was stopped
 
-The shipped toy model is the default. Text alone makes its own first frame. --out ends in .mp4,
-.gif, .apng (animated), .png (film strip), .npy (uint8 f 3 H W), or / (a folder of pictures).
-Read `tinydance/sampling.py` and `tinydance/story.py` before.
+The manual is `tinydance/video/README.md`. Not here: how a clip is made (`tinydance/sampling.py`).
 """
 
 import itertools
@@ -17,7 +12,8 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -25,74 +21,60 @@ from torch import Tensor
 
 from tinydance.conditioning import sketch
 from tinydance.config import autocast, choose_device, choose_dtype, did_you_mean
-from tinydance.run.cli import Parser, run_main
-from tinydance.model import PixelDance
+from tinydance.model import PixelDance, Settings
+from tinydance.run.cli import Parser, Progress, progress, run_main
+from tinydance.sampling import first_frame, sample
 from tinydance.toy import SHIPPED
-from tinydance.run.cli import Progress
-from tinydance.sampling import Sampling
-from tinydance.video.story import Shot, check_film, fingerprint, parts_of, read_story, save_film
 from tinydance.vae import to_frames, to_pixels
+from tinydance.video import story
 from tinydance.video.read import BadSample, pictures_in, read_clip, read_header, read_image
-from tinydance.video.write import read_about
+from tinydance.video.write import read_metadata
 
 PROMPT = "a red circle bounces to the right"
+PICTURES = ("first", "last")  # flags that name pictures, which are instructions by these names
+SETTINGS = [f.name for f in fields(Settings) if f.name != "fps"]  # flags that change the model's
+HELP = {"tau": "steps that see --last: 12, 0.5 or 50%%", "negative": "prompt to move away from"}
+HELP |= {"guidance": "1 is off", "ddim_eta": "0 to 1", "cond_noise_t": "noise on pictures"}
 
 
-def parse(parser: Parser):
-    parser.add_argument("prompt", nargs="?", help=f"default, where nothing is given: {PROMPT}")
-    parser.add_argument("--prompts", help="a file with a prompt a line, for a video each")
-    parser.add_argument("--first", nargs="+", default=[], help="picture: first-frame instruction")
-    parser.add_argument("--last", nargs="+", default=[], help="picture: last-frame instruction")
-    parser.add_argument("--tau", help="steps that see --last: 12, 0.5 or 50%%; else the model's")
-    parser.add_argument("--sketch", action="store_true", help="show --last as an edge drawing")
-    parser.add_argument("--edit", help="video to make again, between its first and last frame")
-    parser.add_argument("--clips", type=int, default=1, help="chained into one video")
-    parser.add_argument("--story", help=".toml with a film's shots: see tinydance/story.py")
-    parser.add_argument("--t2i", help="model folder that draws first frames: SD 2.1's, say")
-    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's")
-    parser.add_argument("--guidance", type=float, help="guidance, 1 is off; default: the model's")
-    parser.add_argument("--negative", default="", help="prompt to move away from")
-    parser.add_argument("--frames", type=int, help="frames of a clip; default: the model's")
-    parser.add_argument("--height", type=int, help="in pixels; default: the model's")
-    parser.add_argument("--width", type=int, help="in pixels; default: the model's")
-    parser.add_argument("--sampler", default="ddim", help="ddim or ddpm")
-    parser.add_argument("--ddim_eta", type=float, default=0.0, help="DDIM's own noise, 0 to 1")
-    parser.add_argument("--cond_noise_t", type=int, help="noise on pictures; default: as trained")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", default=SHIPPED, help="model folder; default: the shipped one")
-    parser.add_argument("--out", help="x.mp4, x.gif, x.apng, x.png, x.npy or x/; default: clip.mp4")
-    parser.add_argument("--overwrite", action="store_true", help="let --out replace a file")
-    parser.add_argument("--resume", action="store_true", help="go on with what was interrupted")
-    parser.add_argument("--about", help="print how this video was made, and make none")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
-    parser.add_argument("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
+def parse() -> Namespace:
+    """The arguments. A setting that is not given is None: the model's own counts."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("prompt", nargs="?", help=f"default, where nothing is given: {PROMPT}")
+    add("--prompts", help="a file with a prompt per line, for a video each")
+    add("--first", nargs="+", default=[], help="picture: first-frame instruction")
+    add("--last", nargs="+", default=[], help="picture: last-frame instruction")
+    add("--sketch", action="store_true", help="show --last as an edge drawing")
+    add("--edit", help="video to make again, between its first and last frame")
+    add("--clips", type=int, default=1, help="chained into one video")
+    add("--story", help=".toml with a film's shots: see tinydance/video/README.md")
+    add("--t2i", help="model folder that makes first frames: Stable Diffusion 2.1's, say")
+    for name in SETTINGS:
+        kind = str if name == "tau" else type(getattr(Settings, name))
+        add(f"--{name}", type=kind, help=HELP.get(name, "default: the model's"))
+    add("--model", default=SHIPPED, help="model folder; default: the shipped one")
+    add("--out", help="x.mp4, x.gif, x.apng, x.png (a film strip) or x/; default: clip.mp4")
+    add("--overwrite", action="store_true", help="let --out replace a file")
+    add("--resume", action="store_true", help="go on with what was interrupted")
+    add("--about", help="print how this video was made, and make none")
+    add("--device", default="auto", help="cuda, mps or cpu")
+    add("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
-    given = [name for name in ("prompt", "prompts", "first", "last", "edit") if vars(args)[name]]
-    if args.story and (given or args.clips != 1):
-        raise ValueError(f"--story says what each shot is; leave out {(given + ['clips'])[0]}")
-    if args.prompt and args.prompts:
-        raise ValueError(f"give the prompt {args.prompt!r} or --prompts {args.prompts}, not both")
-    if args.tau is not None and not (args.last or args.edit or args.story):
-        raise ValueError(f"tau is {args.tau}, but no --last is given whose steps it would count")
-    if args.t2i and (args.first or args.edit):
-        raise ValueError("--t2i draws a first frame, and one is given: leave one of the two out")
-    if args.sketch and not args.last:
-        raise ValueError("--sketch draws the edges of --last: give one")
-    if args.resume and not args.out:
-        raise ValueError("--resume goes on with an --out: give that name")
-    if args.clips < 1:
-        raise ValueError(f"clips is {args.clips}; use 1 or more")
-    if args.frames == 1 and (args.first or args.last or args.edit or args.clips > 1):
-        raise ValueError("frames is 1: a picture is made from text alone, and by itself")
+    for name in ("prompt", "prompts", *PICTURES, "sketch", "edit", "clips") if args.story else ():
+        if vars(args)[name] != parser.get_default(name):
+            raise ValueError(f"--story says what each shot is; leave out {name}")
+    if (args.sketch or args.tau is not None) and not (args.last or args.edit or args.story):
+        raise ValueError("--sketch and --tau say how --last is shown: give one")
     return args
 
 
 def main() -> None:
-    args = parse(Parser(description=__doc__))
+    args = parse()
     if args.about:
-        print(json.dumps(read_about(args.about), indent=2, ensure_ascii=False))
+        print(json.dumps(read_metadata(args.about), indent=2, ensure_ascii=False))
         return
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
@@ -101,127 +83,102 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model = PixelDance.from_folder(args.model).to(device)
     image_model = PixelDance.from_folder(args.t2i).to(device) if args.t2i else None
-
-    videos = videos_to_make(args, model)
-    outs = names_of(args.out, len(videos))
-    todo = []
+    words = [word for word in sys.argv[1:] if word != "--resume"]  # it makes no difference
+    metadata = {"device": device, "dtype": str(dtype), "model": story.fingerprint(args.model)}
+    metadata["t2i"] = args.t2i and story.fingerprint(args.t2i)
+    metadata["command"] = shlex.join(["python", "sample.py", *words])
+    videos = read_videos(args, model)
+    outs, todo, kept = name_outputs(args.out, len(videos)), [], 0
     for n in range(rank, len(videos), world_size):  # each rank has its share
-        if args.resume and Path(outs[n]).exists() and not parts_of(outs[n]).exists():
-            print(f"note: {outs[n]} is finished", file=sys.stderr)
+        out, about = outs[n], metadata | story.describe_film(model, videos[n], n)
+        if args.resume and Path(out).exists() and not story.name_parts(out).exists():
+            print(f"note: {out} is finished", file=sys.stderr)
             continue
-        check_film(videos[n], outs[n], args.overwrite, args.resume)
-        todo.append(n)
+        kept += story.check_film(out, about, args.overwrite, args.resume)
+        todo.append((videos[n], out, about))
+    clips = sum(shot.clips for shots, *_ in todo for shot in shots)
+    with Progress("clips", clips, "clip", kept, shown=rank == 0 and clips > 1) as bar:
 
-    given = [word for word in sys.argv[1:] if word != "--resume"]  # a film says the same resumed
-    about = {
-        "command": shlex.join(["python", "sample.py", *given]),
-        "model": fingerprint(args.model),
-        "t2i": fingerprint(args.t2i) if args.t2i else None,
-        "device": device,
-        "dtype": str(dtype),
-    }
-    clips = sum(shot.clips for n in todo for shot in videos[n])
-    with autocast(device, dtype), Progress("clips", clips, "clip", shown=rank == 0) as bar:
-        for n in todo:
+        def make(model, prompts, instructions, settings, keys) -> Tensor:
+            if image_model and "first" not in instructions:
+                first = first_frame(image_model, model, prompts, settings, keys)
+                instructions = instructions | {"first": first}
+            own_first = "first" not in instructions and settings.frames > 1
+            z_ts = sample(model, prompts, instructions, settings, keys)
+            for z_t in progress(z_ts, "steps", "step", settings.steps * (1 + own_first), rank == 0):
+                pass
+            bar.update()
+            return z_t
+
+        for shots, out, about in todo:
             try:
-                save_film(
-                    model, videos[n], outs[n], image_model, n, args.overwrite, args.resume, about,
-                    bar,
-                )  # fmt: skip
+                with autocast(device, dtype):
+                    story.save_film(model, shots, out, about, make)
             except KeyboardInterrupt:
-                if parts_of(outs[n]).exists():
-                    print(f"\nstopped: {parts_of(outs[n])} has what is done; the same with --out "
-                          f"{outs[n]} --resume goes on", file=sys.stderr)  # fmt: skip
+                print("\nstopped: the same command with --resume goes on", file=sys.stderr)
                 sys.exit(130)
-            print(outs[n], flush=True)
+            print(out, flush=True)
 
 
-# ------------------------------------------------------------------------------- what is asked for
-def videos_to_make(args, model: PixelDance) -> list[list[Shot]]:
-    """The shots of every video. Raises ValueError for what does not fit."""
-    default = model.settings
-    size = (default.height if args.height is None else args.height,
-            default.width if args.width is None else args.width)  # fmt: skip
-    how = Sampling(
-        frames=args.frames, size=size, steps=args.steps, guidance=args.guidance, tau=args.tau,
-        negative=args.negative, seed=args.seed, sampler=args.sampler, ddim_eta=args.ddim_eta,
-        cond_noise_t=args.cond_noise_t,
-    )  # fmt: skip
-    how.complete(model)  # raises before any picture is read
+def read_videos(args: Namespace, model: PixelDance) -> list[list[story.Shot]]:
+    """The shots of every video. Raises ValueError for what does not fit together."""
+    given = {name: vars(args)[name] for name in SETTINGS if vars(args)[name] is not None}
+    settings = replace(model.settings, **given).check(model)  # before any picture is read
     if args.story:
-        shots = read_story(args.story, size, how)
-        for i, shot in enumerate(shots):
-            try:
-                shot.how.complete(model)
-            except ValueError as error:
-                raise ValueError(f"{args.story}, shot {i + 1}: {error}") from None
-        videos = [shots]
+        videos = [story.read_story(args.story, model, settings)]
     else:
-        prompts = read_prompts(args)
-        firsts, lasts = ([read_image(path, size) for path in paths]
-                         for paths in (args.first, args.last))  # fmt: skip
-        if args.edit:
-            how, first, last = read_edited(args.edit, how, model)
-            firsts, lasts = firsts or [first], lasts or [last]
-        if args.sketch:
-            lasts = [to_frames(sketch(to_pixels(picture))) for picture in lasts]
-        count = max(len(prompts), len(firsts), len(lasts))
-        columns = []
-        for name, given in (("prompts", prompts), ("--first", firsts), ("--last", lasts)):
-            if len(given) not in (0, 1, count):
-                raise ValueError(f"{len(given)} {name} for {count} videos; give one, or {count}")
-            columns.append(given * count if len(given) == 1 else given or [None] * count)
-        videos = [[Shot(*row, clips=args.clips, cut=True, how=how)] for row in zip(*columns)]
-    if how.frames not in (None, 1, default.frames):
-        print(f"note: {how.frames} frames a clip, where the model was trained on {default.frames}",
-              file=sys.stderr)  # fmt: skip
-    for shots in videos:
-        for shot in shots:
-            dropped = model.tokenizer.dropped_words(shot.prompt)
-            if dropped:
-                print(f"note: too long; this part is not read: {dropped}", file=sys.stderr)
+        videos = [[shot] for shot in read_shots(args, settings)]
+    frames, trained = videos[0][0].settings.frames, model.settings.frames
+    if frames not in (1, trained):
+        print(f"note: {frames} frames a clip, but trained on {trained}", file=sys.stderr)
+    for shot in itertools.chain(*videos):
+        if dropped := model.tokenizer.dropped_words(shot.prompt):
+            print(f"note: too long; this part is not read: {dropped}", file=sys.stderr)
     return videos
 
 
-def read_prompts(args) -> list[str]:
-    if not args.prompts:
-        shown = args.first or args.last or args.edit
-        return [args.prompt if args.prompt is not None else "" if shown else PROMPT]
-    try:
+def read_shots(args: Namespace, settings: Settings) -> list[story.Shot]:
+    """A shot for each video that the other flags describe."""
+    size = settings.height, settings.width
+    lists = {name: [read_image(path, size) for path in vars(args)[name]] for name in PICTURES}
+    if args.edit:
+        # "editing the first frame and the last frame of the provided video" [paper §4.5]: what is
+        # between is made anew, in as many frames as the video lasts, or --frames of them.
+        try:
+            if args.frames is None:
+                frames = max(2, pictures_in(read_header(args.edit).seconds, settings.fps))
+                settings = replace(settings, frames=frames)
+            clip = read_clip(args.edit, 0.0, settings.frames, settings.fps, size)
+        except BadSample as error:
+            raise ValueError(f"{args.edit}: {error}") from None
+        lists = {"first": lists["first"] or [clip[0]], "last": lists["last"] or [clip[-1]]}
+    if args.sketch:
+        lists["last"] = [to_frames(sketch(to_pixels(picture))) for picture in lists["last"]]
+    lists = {name: pictures for name, pictures in lists.items() if pictures}
+    prompts = [args.prompt if args.prompt is not None else "" if lists else PROMPT]
+    if args.prompts:
+        if args.prompt:
+            raise ValueError(f"give {args.prompt!r} or --prompts {args.prompts}, not both")
         lines = Path(args.prompts).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{args.prompts}: cannot read: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{args.prompts}: no prompt inside; write one a line")
-    return prompts
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"{args.prompts}: no prompt inside; write one a line")
+    count = max(map(len, [prompts, *lists.values()]))
+    for name, given in ({"prompts": prompts} | lists).items():
+        if len(given) not in (1, count):
+            raise ValueError(f"{name}: {len(given)} for {count} videos; give 1, or {count}")
+    picked = [{name: given[n % len(given)] for name, given in lists.items()} for n in range(count)]
+    return [story.Shot(*own, args.clips, True, settings) for own in zip(prompts * count, picked)]
 
 
-def read_edited(path: str, how: Sampling, model: PixelDance) -> tuple[Sampling, Tensor, Tensor]:
-    """(settings for as many frames as the video lasts, its first frame, its last one).
-
-    Video editing "by editing the first frame and the last frame of the provided video" [paper
-    §4.5]: what is between is made anew. With --frames, the last one is that of their end.
-    """
-    fps, size = model.settings.fps, how.complete(model).size
-    try:
-        if how.frames is None:
-            how = replace(how, frames=max(2, pictures_in(read_header(path).seconds, fps)))
-        times = 0, (how.frames - 1) / fps
-        first, last = (read_clip(path, time, 1, fps, size)[0] for time in times)
-    except BadSample as error:
-        raise ValueError(f"{path}: {error}") from None
-    return how, first, last
-
-
-def names_of(out: str | None, count: int) -> list[str]:
+def name_outputs(out: str | None, count: int) -> list[str]:
     """--out, or clip.mp4, clip_2.mp4, ... whichever is free; of several videos, with a number."""
     if count == 1:
-        free = (f"clip_{n}.mp4" if n > 1 else "clip.mp4" for n in itertools.count(1))
-        return [out or next(n for n in free if not (Path(n).exists() or parts_of(n).exists()))]
+        names = itertools.chain(["clip.mp4"], (f"clip_{n}.mp4" for n in itertools.count(2)))
+        return [out or next(name for name in names if not Path(name).exists())]
     out = out or "clip.mp4"
-    end = "/" if out.endswith(("/", os.sep)) else Path(out).suffix
-    return [f"{out[: len(out) - len(end)]}_{n:04d}{end}" for n in range(count)]
+    end = "/" if out.endswith("/") else Path(out).suffix
+    return [f"{out.removesuffix(end)}_{n:04d}{end}" for n in range(count)]
 
 
 if __name__ == "__main__":

@@ -7,42 +7,43 @@
     torchrun --nproc_per_node=8 train.py --preset paper --init SD21_FOLDER --data webvid.csv
 
 Every field of `tinydance/config.py` is an option. Stopped with Ctrl-C, the same command goes on.
-Read `tinydance/stages.py` before.
 """
 
 from dataclasses import fields, replace
 from typing import get_args
 
-from tinydance.config import COLUMNS, Config, did_you_mean, make_config
+from tinydance.config import PRESETS, Config, did_you_mean, make_config
 from tinydance.run.cli import Parser, run_main
-from tinydance.run.stages import STAGES, train
+from tinydance.run.stages import OTHERS, STAGES, train
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    known = ("all", *STAGES, "benchmark", "inspect", "latents")
-    parser.add_argument("--stage", default="all", help=f"one of {', '.join(known)}")
-    parser.add_argument("--preset", default="toy", help=f"one of {', '.join(COLUMNS)}")
+    stages = ("all", *STAGES, *OTHERS)
+    parser.add_argument("--stage", default="all", help=f"one of {', '.join(stages)}")
+    parser.add_argument("--preset", default="toy", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--from-scratch", action="store_true", help="start from no trained part")
-    names = [f.name for f in fields(Config) if f.name != "preset"]
-    for f in fields(Config):
-        if f.name in names:
-            kind = "|".join(get_args(f.type)) or f.type.__name__
-            several = {"action": "extend", "nargs": "+"} if f.name in ("data", "images") else {}
-            parser.add_argument(f"--{f.name}", metavar=kind, help=f.metadata["help"], **several)
+    options = [f for f in fields(Config) if f.name != "preset"]
+    for f in options:
+        kind = "|".join(get_args(f.type)) or f.type.__name__
+        repeat = {"action": "extend", "nargs": "+"} if f.name in ("data", "images") else {}
+        parser.add_argument(f"--{f.name}", metavar=kind, help=f.metadata["help"], **repeat)
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
-    if args.stage not in known:
-        raise ValueError(f"unknown stage {args.stage!r}{did_you_mean(args.stage, known)}")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    given |= {name: "|".join(given[name]) for name in ("data", "images") if name in given}
+    if args.stage not in stages:
+        raise ValueError(f"unknown stage {args.stage!r}{did_you_mean(args.stage, stages)}")
     if args.from_scratch and args.init:
         raise ValueError(f"--from-scratch has no use for --init {args.init}: give one of the two")
+    given = {f.name: value for f in options if (value := getattr(args, f.name)) is not None}
+    given |= {name: "|".join(given[name]) for name in ("data", "images") if name in given}
     config = make_config(args.preset, **given)
-    # The shipped parts serve the video stage, and know the plain toy world alone.
-    plain = config.data == "toyworld" and not config.rich
-    if args.from_scratch or not args.init and (not plain or args.stage in ("vae", "text", "image")):
+
+    # The toy preset starts from the shipped image model. That one knows nothing but the toy world,
+    # and its VAE, text tower and UNet are trained already: whoever has other data, or trains one
+    # of these anew, starts without it.
+    no_use = config.data != "toyworld" or args.stage in ("vae", "text", "image")
+    if args.from_scratch or (config.init == "shipped" and not args.init and no_use):
         config = replace(config, init="")
     if args.stage == "all" and config.preset == "toy" and config.init:  # all but the video stage
         config = replace(config, vae_steps=0, text_steps=0, image_steps=0)

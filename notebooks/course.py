@@ -9,6 +9,7 @@ import inspect
 import io
 import os
 import textwrap
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -16,15 +17,27 @@ from IPython.display import Image, Markdown
 from PIL import Image as Picture
 from torch import Tensor
 
+import tinydance
 from tinydance.video.strips import film_strip
 
 FAST = os.environ.get("TINYDANCE_FAST") == "1"  # the tests' switch: smaller numbers, same cells
+PACKAGE = Path(tinydance.__file__).parent
 
-plt.rcParams.update({
-    "figure.figsize": (7, 2.8), "figure.dpi": 90, "figure.constrained_layout.use": True,
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.alpha": 0.3, "lines.linewidth": 1.6, "legend.frameon": False, "image.cmap": "viridis",
-})  # fmt: skip
+plt.rcParams.update(
+    {
+        "figure.figsize": (7, 2.8),
+        "figure.dpi": 90,
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "lines.linewidth": 1.6,
+        "legend.frameon": False,
+        "image.cmap": "viridis",
+    }
+)
 
 
 def play(*clips, fps: float = 4, scale: int = 4) -> Image:
@@ -40,7 +53,7 @@ def play(*clips, fps: float = 4, scale: int = 4) -> Image:
 
 
 def strip(clips: list, captions: list[str] | None = None, every: int = 2, **given) -> Picture.Image:
-    """Rows of every `every`-th frame: `tinydance.video.film_strip`, at a notebook's size.
+    """Rows of every `every`-th frame: `video.strips.film_strip`, at a notebook's size.
 
     256 colours: a third of the bytes, and noise is most of what a notebook on diffusion saves.
     """
@@ -51,17 +64,18 @@ def strip(clips: list, captions: list[str] | None = None, every: int = 2, **give
 def code(thing, first: str = "", last: str = "") -> Markdown:
     """The library's own lines, or those from one that holds `first` to one that holds `last`.
 
+    tests/test_notebooks.py compares what notebooks have saved of this with the library as it is.
     Raises ValueError where there is no such line.
     """
     lines = textwrap.dedent(inspect.getsource(thing)).splitlines()
-    begin = _line(lines, first, 0) if first else 0
-    end = _line(lines, last, begin) if last else len(lines) - 1
+    begin = find_line(lines, first, 0) if first else 0
+    end = find_line(lines, last, begin) if last else len(lines) - 1
     part = textwrap.dedent("\n".join(lines[begin : end + 1]))
-    name = os.path.basename(inspect.getsourcefile(inspect.unwrap(thing)))
-    return Markdown(f"`{name}`, `{thing.__qualname__}`\n\n```python\n{part}\n```")
+    file = Path(inspect.getsourcefile(inspect.unwrap(thing))).relative_to(PACKAGE).as_posix()
+    return Markdown(f"`{file}`, `{thing.__qualname__}`\n\n```python\n{part}\n```")
 
 
-def _line(lines: list[str], words: str, begin: int) -> int:
+def find_line(lines: list[str], words: str, begin: int) -> int:
     for number in range(begin, len(lines)):
         if words in lines[number]:
             return number

@@ -30,8 +30,11 @@ MINUTES = 30  # that one cell may take, on a machine that is busy
 
 def notebooks(words: list[str] = ()) -> list[Path]:
     """The notebooks whose names contain one of the words, or all. ValueError where none does."""
-    found = [path for path in sorted(HERE.glob("[0-9]*.ipynb"))
-             if not words or any(word in path.name for word in words)]  # fmt: skip
+    found = [
+        path
+        for path in sorted(HERE.glob("[0-9]*.ipynb"))
+        if not words or any(word in path.name for word in words)
+    ]
     if not found:
         known = ", ".join(path.stem for path in sorted(HERE.glob("[0-9]*.ipynb")))
         raise ValueError(f"no notebook is called {' or '.join(words)!r}; there are {known}")
@@ -90,9 +93,13 @@ def with_solutions(notebook: NotebookNode, solved: list[str], stubs: bool = Fals
 def execute(notebook: NotebookNode, fast: bool = False) -> None:
     """Run every cell in a new kernel, and keep what it shows. Raises CellExecutionError."""
     client = NotebookClient(
-        notebook, timeout=60 * MINUTES, kernel_name="python3", record_timing=False,
-        resources={"metadata": {"path": str(HERE)}}, extra_arguments=["--log-level=ERROR"],
-    )  # fmt: skip
+        notebook,
+        timeout=60 * MINUTES,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(HERE)}},
+        extra_arguments=["--log-level=ERROR"],
+    )
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {
             "TINYDANCE_FAST": str(int(fast)),
@@ -130,8 +137,10 @@ def main() -> None:
             execute(notebook, args.fast)
         except CellExecutionError as error:
             failed += 1
-            print(f"{path.name} stops at:\n\n{where(notebook)}\n\n{error.ename}: {error.evalue}",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"{path.name} stops at:\n\n{where(notebook)}\n\n{error.ename}: {error.evalue}",
+                file=sys.stderr,
+            )
             continue
         print(f"| {path.stem} | {time.perf_counter() - begun:.0f} |", flush=True)
         if args.save:

@@ -3,22 +3,44 @@
 The golden files hold no weights: each parameter is a formula of its name and shape.
 """
 
+import gzip
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from tiny_training import NETWORKS
 
-from tinydance.clip import TextTower
-from tinydance.toy.losses import build_vocabulary
-from tinydance.model import ClipSettings, PixelDance
+from tinydance.clip import TextConfig, TextTower
+from tinydance.model import PixelDance, Settings
 from tinydance.schedulers import Schedule
-from tinydance.unet import UNet
-from tinydance.vae import VAE
+from tinydance.toy.losses import build_vocabulary
+from tinydance.unet import UNet, UNetConfig
+from tinydance.vae import VAE, VAEConfig
 
 HERE = Path(__file__).parent
+TINY = {
+    "unet": UNetConfig(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        attention_levels=(True, True),
+        temporal_dropout=0.0,
+    ),
+    "vae": VAEConfig(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5
+    ),
+    "text": TextConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+    ),
+}
 
 
 def formula_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -44,16 +66,34 @@ def golden(name: str) -> tuple[dict, dict, dict]:
     return json.loads(str(file["config"])), keys, tensors
 
 
+def read_shapes(name: str) -> dict[str, list[int]]:
+    """{parameter: shape} of a public checkpoint, from tests/keys."""
+    with gzip.open(HERE / "keys" / f"{name}_keys.txt.gz", "rt") as file:
+        return {k: json.loads(v) for k, v in (line.split(" ", 1) for line in file)}
+
+
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest absolute difference; shapes must agree."""
     assert a.shape == b.shape, (a.shape, b.shape)
     return float((a.detach().double() - b.detach().double()).abs().max())
 
 
+class Spy(torch.nn.Module):
+    """Stands before the UNet and keeps what it was given: (z, t, c_text) of each call."""
+
+    def __init__(self, unet: UNet):
+        super().__init__()
+        self.unet, self.seen = unet, []
+        self.config, self.conv_in = unet.config, unet.conv_in
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        self.seen.append(given)
+        return self.unet(*given)
+
+
 def tiny_unet(**changes) -> UNet:
-    arguments = NETWORKS["unet"] | {"attention_levels": (True, True), "temporal_dropout": 0.0}
     torch.manual_seed(0)
-    return UNet(**(arguments | changes)).eval()
+    return UNet(replace(TINY["unet"], **changes)).eval()
 
 
 def tiny_model(filled: bool = True, **schedule) -> PixelDance:
@@ -62,16 +102,15 @@ def tiny_model(filled: bool = True, **schedule) -> PixelDance:
     filled: every parameter by the formula, so that nothing is at its zero start.
     """
     words = ["a", "red", "blue", "circle", "moves", "left"]
-    tokenizer = build_vocabulary(words, length=NETWORKS["text"]["max_position_embeddings"])
+    shape = TINY["text"]
+    tokenizer = build_vocabulary(words, length=shape.max_position_embeddings)
+    shape = replace(shape, vocab_size=len(tokenizer.vocab), eos_token_id=tokenizer.end_id)
     torch.manual_seed(0)
-    tower = TextTower(
-        vocab_size=len(tokenizer.vocab), eos_token_id=tokenizer.end_id, **NETWORKS["text"]
-    )
-    vae = VAE(**NETWORKS["vae"], scaling_factor=0.5)
+    tower, vae = TextTower(shape), VAE(TINY["vae"])
     parts = tiny_unet(), vae, tower
     if filled:
         for part in parts:
             fill(part)
     unet, vae, tower = (part.eval().requires_grad_(False) for part in parts)
-    settings = ClipSettings(frames=4, height=16, width=16, steps=4, guidance=3.0)
+    settings = Settings(frames=4, height=16, width=16, steps=4, guidance=3.0)
     return PixelDance(unet, vae, tower, tokenizer, Schedule(**schedule), settings)

@@ -6,15 +6,19 @@ import os
 import resource
 import signal
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from tinydance.config import make_config
 from tinydance.run.checkpoints import (
     checkpoints,
+    compare_configs,
     is_whole,
     load_checkpoint,
     newest_checkpoint,
+    resume,
     save_checkpoint,
 )
 
@@ -63,8 +67,10 @@ def lose_the_state(path):
     (path / "state.pt").unlink()
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, cut, empty, lose_the_manifest,
-                                    garble_the_manifest, lose_the_state])  # fmt: skip
+DAMAGES = [flip_a_byte, cut, empty, lose_the_manifest, garble_the_manifest, lose_the_state]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_and_written_anew(tmp_path, capsys, damage):
     save(tmp_path, 10, 20)
     damage(tmp_path / "step_00000020")
@@ -76,6 +82,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_anew(tmp_path, capsys, 
 
 def test_without_any_there_is_none(tmp_path):
     assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_that_a_crash_left_half_written_is_not_read(tmp_path):
+    save(tmp_path, 5)
+    (tmp_path / "unfinished_00000009").mkdir()
+    (tmp_path / "unfinished_00000009" / "state.pt").write_bytes(b"half")
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
+    save(tmp_path, 9, 12)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000009", "step_00000012"]
 
 
 def save_forever(folder):
@@ -112,8 +127,46 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     answers = fork.Queue()
     process = fork.Process(target=save_on_a_full_disk, args=(tmp_path, answers))
     process.start()
-    message = answers.get(timeout=30)
+    message = answers.get(timeout=300)
     process.join()
     assert "step_00000020: cannot be written" in message and "File too large" in message
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000010"]
     assert is_whole(tmp_path / "step_00000010")
+
+
+class Part:
+    """Of a trainee: it is loaded, and that is all."""
+
+    def load(self, state):
+        self.state = state
+
+
+def resume_from(folder, config, saved_config):
+    save_checkpoint(folder, 7, {"step": 7, "config": saved_config, "objective": {}})
+    part = Part()
+    return resume(folder, config, part), part.state
+
+
+def test_a_run_goes_on_where_only_free_fields_differ(tmp_path):
+    config = make_config("toy", save_every=7, workers=3, out="elsewhere", video_steps=5)
+    step, state = resume_from(tmp_path, config, asdict(make_config("toy")))
+    assert step == 7 and state["objective"] == {}
+
+
+def test_a_run_that_learns_something_else_is_refused_with_what_differs(tmp_path):
+    saved = asdict(make_config("toy", eta=0.2))
+    with pytest.raises(ValueError, match=r"step_00000007 .*: eta was 0\.2 and is 0\.6\. Use those"):
+        resume_from(tmp_path, make_config("toy"), saved)
+
+
+def test_a_checkpoint_from_before_a_field_was_made_or_dropped_goes_on(tmp_path):
+    """`rich` was a field once; `max_skips` is one now."""
+    config = make_config("toy")
+    saved = asdict(config) | {"rich": False}
+    del saved["max_skips"], saved["seed"]
+    assert resume_from(tmp_path, config, saved)[0] == 7
+
+
+def test_a_checkpoint_of_a_feature_that_is_gone_is_refused_in_one_line():
+    changes = compare_configs(asdict(make_config("toy")) | {"rich": True}, make_config("toy"))
+    assert changes == ["rich was True, a field that no longer exists"]

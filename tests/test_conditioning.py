@@ -4,7 +4,14 @@ import pytest
 import torch
 from reference import difference
 
-from tinydance.conditioning import instructions_of, make_c_image, sketch
+from tinydance.conditioning import (
+    ask,
+    make_c_image,
+    make_conditions,
+    noise_level,
+    pick_instructions,
+    sketch,
+)
 from tinydance.schedulers import Schedule, add_noise
 from tinydance.toy.referee import referee
 from tinydance.toy.world import make_clip
@@ -35,6 +42,11 @@ def test_the_noise_is_that_of_100_diffusion_steps():
     f_first, f_last, f, eps = given()
     c_image = make_c_image(f_first, f_last, f, eps, ALPHA_BAR)
     assert difference(c_image[:, 0], 0.94563 * f_first + 0.32523 * eps[:, 0]) < 1e-4
+
+
+def test_the_noise_level_of_no_steps_is_none_at_all():
+    assert noise_level(Schedule(), 100) == ALPHA_BAR
+    assert noise_level(Schedule(), 0) == 1.0 > float(Schedule().alpha_bar[0])
 
 
 def test_alpha_bar_one_leaves_the_instructions_clean():
@@ -69,17 +81,47 @@ def test_an_image_has_no_instruction():
     assert int((make_c_image(f_first, f_last, 1, eps, ALPHA_BAR) != 0).sum()) == 0
 
 
+def test_the_conditions_are_c_image_and_then_every_further_instruction_by_its_name():
+    f_first, f_last, f, eps = given()
+    depth, mask = latents(2, f, 1, 3, 2, seed=5), latents(2, f, 3, 3, 2, seed=6)
+    instructions = {"depth": depth, "last": f_last, "first": f_first, "mask": mask}
+    conditions = make_conditions(instructions, f, eps, ALPHA_BAR, torch.tensor([True, False]))
+    assert list(conditions) == ["c_image", "depth", "mask"]
+    c_image = make_c_image(f_first, f_last, f, eps, ALPHA_BAR, torch.tensor([True, False]))
+    assert torch.equal(conditions["c_image"], c_image)
+    assert torch.equal(conditions["depth"], depth) and torch.equal(conditions["mask"], mask)
+    of_an_image = make_conditions(instructions, 1, eps, ALPHA_BAR)
+    assert int((of_an_image["c_image"] != 0).sum()) == 0
+    assert torch.equal(of_an_image["depth"], depth[:, :1])
+    nothing = make_conditions({}, f, eps, ALPHA_BAR)["c_image"]
+    assert nothing.shape == (2, f, 4, 3, 2) and int((nothing != 0).sum()) == 0
+    assert len(instructions) == 4  # the caller's dict is left as it was
+
+
+def test_the_network_is_asked_with_the_conditions_behind_z_t():
+    z_t, t, c_text = latents(2, 3, 4, 2, 2), torch.tensor([5, 6]), latents(2, 7, 16, seed=1)
+    c_image, depth = latents(2, 3, 4, 2, 2, seed=2), latents(2, 3, 1, 2, 2, seed=3)
+
+    def unet(z, times, text):
+        assert torch.equal(z, torch.cat([z_t, c_image, depth], dim=2))
+        assert times is t and text is c_text
+        return z[:, :, :4] + 1
+
+    out = ask(unet, z_t, t, c_text, {"c_image": c_image, "depth": depth})
+    assert torch.equal(out, z_t + 1)
+
+
 @pytest.mark.parametrize("f", [3, 4, 16])
 def test_the_last_instruction_is_one_of_the_clips_last_three(f):
     z_0 = torch.arange(f).float().reshape(1, f, 1, 1, 1).expand(3, f, 4, 2, 2)
-    f_first, f_last = instructions_of(z_0, torch.tensor([0, 1, 2]))
+    f_first, f_last = pick_instructions(z_0, torch.tensor([0, 1, 2]))
     assert f_first.unique().tolist() == [0]
     assert [float(x.unique()) for x in f_last] == [f - 1, f - 2, f - 3]
 
 
 def test_a_clip_shorter_than_three_frames_stays_inside_itself():
     z_0 = latents(1, 2, 4, 2, 2)
-    assert torch.equal(instructions_of(z_0, torch.tensor([2]))[1], z_0[:, 0])
+    assert torch.equal(pick_instructions(z_0, torch.tensor([2]))[1], z_0[:, 0])
 
 
 def test_a_sketch_is_black_where_some_channel_is_steep_pixel_by_pixel():

@@ -1,71 +1,78 @@
 """The evaluation measures what it says: truth scores full marks, each row gives what it names."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from reference import tiny_model
 
-from tinydance.toy import evaluate as module
 from tinydance.conditioning import sketch
+from tinydance.toy import SHIPPED, evaluate, measure
 from tinydance.toy.evaluate import (
-    BACK,
-    HIDDEN_SEED,
+    CEILING,
+    LOOKS,
     ROWS,
-    evaluate,
-    nearest,
-    same_frame_other_motions,
-    seeds,
-    table,
-    there_and_back,
-    verdicts,
+    check_rows,
+    format_records,
+    pair_each_motion,
+    read_clips,
 )
-from tinydance.toy import SHIPPED
-from tinydance.toy.world import World, make_clip
-from tinydance.vae import VAE
-from tinydance.vae import to_frames, to_pixels
+from tinydance.toy.measure import HIDDEN_SEED, average, make_round_trip
+from tinydance.toy.world import World, make_clip, parse, reverse_motion
+from tinydance.vae import VAE, to_pixels
+
+CLIPS = 12
+
+
+def find_clip(made, prompt, first):
+    """The true clip of a first frame, or else of a caption, or else any."""
+    for clip, _ in made:
+        if first is not None and torch.equal(to_pixels(torch.from_numpy(clip[0])), first):
+            return clip
+    return next((clip for clip, caption in made if caption == prompt), made[0][0])
 
 
 @pytest.fixture
 def oracle(monkeypatch):
     """A model without networks: the VAE passes pixels, the sampler looks the true clip up."""
-    model = tiny_model()
-    settings = {"height": 32, "width": 32, "frames": 16}
-    model.settings = type(model.settings)(**settings)
+    model, asked = tiny_model(), []
+    model.settings = replace(model.settings, height=32, width=32, frames=16)
     model.vae.encode_video = model.vae.decode_video = lambda x: x
-    made = [make_clip(HIDDEN_SEED, n) for n in range(12)]
-    asked = []
+    made = [make_clip(HIDDEN_SEED, n) for n in range(CLIPS)]
 
-    def sample_frames(model, prompts, first=None, last=None, seed=0, **settings):
-        asked.append((prompts, first, last, settings))
-        truth = []
-        for k, prompt in enumerate(prompts):
-            frames = [f for f, caption in made if first is None or
-                      torch.equal(to_pixels(torch.from_numpy(f[0])), first[k])]  # fmt: skip
-            captions = [f for f, caption in made if caption == prompt]
-            found = captions if first is None else frames or captions
-            truth.append((found or [made[0][0]])[0])
-        return to_pixels(torch.from_numpy(np.stack(truth)))
+    def sample_frames(model, prompts, first=None, last=None, seed=0, **changes):
+        asked.append((prompts, first, last, changes))
+        firsts = [None] * len(prompts) if first is None else first
+        clips = [find_clip(made, *given) for given in zip(prompts, firsts, strict=True)]
+        return to_pixels(torch.from_numpy(np.stack(clips)))[:, : model.settings.frames]
 
-    monkeypatch.setattr(module, "sample_frames", sample_frames)
+    monkeypatch.setattr(measure, "sample_frames", sample_frames)
     return model, asked
 
 
+def run(model, rows=None, **changes):
+    return list(evaluate.evaluate(model, CLIPS, check_rows(model, rows), **changes))
+
+
 def test_the_truth_scores_full_marks_and_no_error(oracle):
-    model, _ = oracle
-    rows = {row.name: row for row in evaluate(model, clips=12)}
-    for name in ("ceiling: true clips through the VAE", "text", "text, first, last"):
-        assert all(share == 1 for share in rows[name].shares.values()), name
-        assert set(rows[name].kept) == {"colour", "shape", "background"}
-        assert set(rows[name].motions.values()) == {1.0}
-    assert rows["text, first"].first_psnr > 60 and rows["text, first, last"].last_error < 0.01
-    assert rows["text"].first_psnr is None and rows["text"].last_error is None
+    rows = average(run(oracle[0]), "instruction")
+    for name in (CEILING, "text", "text, first, last"):
+        row = rows[name,]
+        assert all(row[look] == row[f"{look}, end"] == 1 for look in LOOKS), name
+        assert row["motion"] == 1 and row["clips"] == CLIPS
+    assert rows["text, first",]["first, dB"] > 60 and rows["text, first",]["last, px"] < 0.01
+    for name in ("text", "same first, each motion", "chain of 8, the last clip"):
+        assert "first, dB" not in rows[name,] and "last, px" not in rows[name,]
 
 
 def test_every_row_gives_its_instructions_and_no_other(oracle):
     model, asked = oracle
-    evaluate(model, clips=12, steps=7)
-    given = [(all(p == "" for p in prompts), first is not None, last is not None)
-             for prompts, first, last, _ in asked]  # fmt: skip
+    run(model, steps=7)
+    given = [
+        (all(p == "" for p in prompts), first is not None, last is not None)
+        for prompts, first, last, _ in asked
+    ]
     assert given == [
         (False, False, False),  # text
         (True, True, False),  # first
@@ -75,85 +82,85 @@ def test_every_row_gives_its_instructions_and_no_other(oracle):
         (False, True, False),  # same first, each motion
         *[(False, True, False)] * 8,  # chain
     ]
-    assert all(settings == {"steps": 7} for *_, settings in asked)
+    assert all(changes == {"steps": 7} for *_, changes in asked)
 
 
 def test_last_frames_are_shown_as_sketches_to_a_model_of_sketches(oracle):
     model, asked = oracle
-    evaluate(model, clips=12, rows=["text, first, last"], sketches=True)
+    run(model, ["text, first, last"], sketches=True)
     _, first, last, _ = asked[0]
-    truth = to_pixels(torch.from_numpy(np.stack([make_clip(HIDDEN_SEED, n)[0] for n in range(12)])))
+    made = [make_clip(HIDDEN_SEED, n)[0] for n in range(CLIPS)]
+    truth = to_pixels(torch.from_numpy(np.stack(made)))
     assert torch.equal(first, truth[:, 0]) and torch.equal(last, sketch(truth[:, -1]))
 
 
 def test_an_image_model_is_judged_by_single_frames_from_text(oracle):
     model, asked = oracle
-    model.settings = type(model.settings)(height=32, width=32, frames=1)
-    sample = module.sample_frames
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "sample_frames", lambda *args, **how: sample(*args, **how)[:, :1])
-        ceiling, text = rows = evaluate(model, clips=12)
-    assert len(asked) == 1 and "motion" not in text.shares | ceiling.shares
-    assert min(text.shares.values()) == 1 and "|  |" in table(rows).splitlines()[3]
+    model.settings = replace(model.settings, frames=1)
+    records = run(model)
+    assert len(asked) == 1 and not any("motion" in record for record in records)
+    assert all(record[look] for record in records for look in LOOKS if look in record)
+    lines = format_records(records).splitlines()
+    assert lines[3] == "| text | 12 | 100 | 100 | 100 |  | 100 / 100 / 100 |  |  |"
     with pytest.raises(ValueError, match="unknown row 'text, first'; known are: text"):
-        evaluate(model, clips=2, rows=["text, first"])
+        check_rows(model, ["text, first"])
 
 
 def test_one_first_frame_is_given_with_every_motion():
-    frames, captions = same_frame_other_motions(40, 0, World())
+    frames, captions = pair_each_motion(40, 0, World())
     groups = {}
     for frame, caption in zip(frames, captions):
         groups.setdefault(frame.tobytes(), []).append(caption)
     sizes = [len(set(group)) for group in groups.values()]
-    assert sizes[:-1] == [8] * (len(sizes) - 1)
-    _, rich = same_frame_other_motions(40, 0, World(rich=True))
-    assert any("turns" in said for said in rich) and not any("cut" in said for said in rich)
+    assert sizes == [8] * 5
 
 
-def test_a_chain_goes_on_from_the_last_frame_and_takes_the_motion_back(oracle):
+def test_a_chain_goes_on_from_the_last_frame_and_reverses_the_motion(oracle):
     model, asked = oracle
-    evaluate(model, clips=12, rows=ROWS[-1:])
-    assert [prompts[0] for prompts, *_ in asked[:3:2]] == [asked[0][0][0]] * 2
-    assert asked[1][0][0] == there_and_back(asked[0][0][0]) != asked[0][0][0]
+    run(model, ["chain of 8, the last clip"])
+    assert [prompts[0] for prompts, *_ in asked[::2]] == [asked[0][0][0]] * 4
+    assert asked[1][0][0] == reverse_motion(asked[0][0][0])
     truth = to_pixels(torch.from_numpy(make_clip(HIDDEN_SEED, 0)[0]))
     assert torch.equal(asked[0][1][0], truth[0]) and torch.equal(asked[1][1][0], truth[-1])
-    assert set(BACK) == set(World().motions)
 
 
-def test_shares_are_of_the_ceiling(oracle):
-    ceiling, text = evaluate(oracle[0], clips=12, rows=["text"])
-    ceiling.shares["shape"], text.shares["shape"] = 0.8, 0.4
-    lines = table([ceiling, text]).splitlines()
-    assert " 80 " in lines[2] and " 50 " in lines[3]
-
-
-def test_the_same_seed_gives_the_same_clip_and_the_nearest_clip_is_found(oracle, monkeypatch):
-    assert "same seed 0.00, another seed 0.00" in seeds(oracle[0], clips=2)
-    monkeypatch.setattr(module, "HIDDEN_SEED", 0)  # these clips were trained on: found, 0 off
-    strip, line = nearest(oracle[0], clips=6, count=2)
-    assert "0.0 from new true clips" in line and strip.width > 300
+def test_the_table_is_markdown_and_its_shares_are_of_the_ceiling(oracle):
+    records = run(oracle[0])
+    for k, record in enumerate(records):
+        record["shape"] = k % 4 != 0 if record["instruction"] == CEILING else k % 2
+    head, _, ceiling, *rows = format_records(records).splitlines()
+    rows, notes = rows[: len(ROWS)], rows[len(ROWS) :]
+    assert all(line.count("|") == head.count("|") for line in [ceiling, *rows])
+    assert "| 100 | 75 | 100 |" in ceiling and "| 100 | 67 | 100 |" in rows[0]
+    assert len(notes) == len(ROWS) and notes[0].startswith("text, motion by motion: ")
 
 
 def test_wrong_captions_score_like_chance():
-    made = [make_clip(3, n) for n in range(60)]
-    frames = np.stack([f for f, _ in made])
-    captions = [caption for _, caption in made]
-    right = verdicts(frames, captions, World())
-    wrong = verdicts(frames, captions[7:] + captions[:7], World())
-    assert min(right.values()) == 1 and max(wrong.values()) < 0.6 and wrong["motion"] < 0.35
+    frames, captions = zip(*(make_clip(3, n) for n in range(60)))
+    none = [None] * 60
+    right = average(list(read_clips("", frames, captions, none)), "instruction")["",]
+    wrong = average(list(read_clips("", frames, captions[7:] + captions[:7], none)), "instruction")
+    wrong = {name: wrong["",][name] for name in (*LOOKS, "motion")}
+    assert all(right[name] == 1 for name in wrong)
+    assert max(wrong.values()) < 0.6 and wrong["motion"] < 0.35
 
 
-def test_the_table_is_markdown(oracle):
-    lines = table(evaluate(oracle[0], clips=12)).splitlines()
-    assert len(lines) == 2 + 1 + len(ROWS)
-    assert all(line.count("|") == lines[0].count("|") for line in lines)
+def test_the_mean_leaves_out_what_is_missing_or_unknown():
+    records = [{"by": 1, "x": 1.0}, {"by": 1, "x": np.nan}, {"by": 1, "x": 3.0, "y": True}]
+    rows = average(records + [{"by": 2, "x": np.nan}], "by")
+    assert rows[1,] == {"x": 2.0, "y": 1.0, "clips": 3}
+    assert np.isnan(rows[2,]["x"]) and rows[2,]["clips"] == 1
 
 
 def test_the_referee_reads_true_clips_after_the_shipped_vae():
     """97 % or better in each attribute: the networks are to blame for what falls short of it."""
-    vae = VAE.from_folder(SHIPPED / "vae").eval()
-    made = [make_clip(77, n) for n in range(100)]
-    pixels = to_pixels(torch.from_numpy(np.stack([frames for frames, _ in made])))
-    frames = to_frames(vae.decode_video(vae.encode_video(pixels)).clamp(-1, 1)).numpy()
-    shares = verdicts(frames, [caption for _, caption in made], World())
-    assert min(shares.values()) >= 0.97, shares
+    model = tiny_model()
+    model.vae = VAE.from_folder(SHIPPED / "vae").eval()
+    clips, captions = zip(*(make_clip(77, n) for n in range(100)))
+    with torch.no_grad():
+        records = list(read_clips("", make_round_trip(model, clips), captions, [None] * 100))
+    row = average(records, "instruction")["",]
+    assert min(row[name] for name in (*LOOKS, "motion")) >= 0.97, row
+    assert all(
+        record["asked"] == parse(caption)["motion"] for record, caption in zip(records, captions)
+    )

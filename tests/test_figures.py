@@ -1,6 +1,8 @@
 """The figures measure what they say, on clips that are known; no network draws them."""
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,18 +10,15 @@ import torch
 from PIL import Image
 from reference import tiny_model
 
-from tinydance.toy import figures
 from tinydance.run.cli import run_main
-from tinydance.toy.figures import (
-    coarse,
-    hidden_scenes,
-    means,
-    measure_drift,
-    measure_edit,
-    measure_tau,
-)
+from tinydance.toy import measure
+from tinydance.toy.measure import average, sample_hidden
 from tinydance.toy.world import render
 from tinydance.vae import to_pixels
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks" / "pictures"))
+import figures
+from figures import find_nearest, make_draft, measure_drift, measure_edit, measure_tau
 
 
 @pytest.fixture
@@ -27,20 +26,21 @@ def model(monkeypatch):
     """Without networks: the VAE passes pixels, a clip is the true one of its first frame, or else
     that frame held still."""
     model = tiny_model()
+    model.settings = replace(model.settings, frames=16, height=32, width=32)
     model.vae.encode_video = model.vae.decode_video = lambda x: x
-    truth = [to_pixels(torch.from_numpy(render(scene))) for scene in hidden_scenes(0, 6)]
+    truth = [to_pixels(torch.from_numpy(render(scene))) for scene in sample_hidden(0, 6)]
 
-    def sample_frames(model, prompts, first, last, **settings):
+    def sample_frames(model, prompts, first, last, **changes):
         def clip(frame):
             known = [true for true in truth if torch.equal(true[0], frame)]
             return known[0] if known else frame.expand(16, 3, 32, 32)
 
         return torch.stack([clip(frame) for frame in first])
 
-    def sample_latents(model, prompts, f_first, f_last, how, link):
-        return f_first[:, None].expand(-1, 16, -1, -1, -1)
+    def sample_latents(model, prompts, instructions, settings, keys):
+        return instructions["first"][:, None].expand(-1, 16, -1, -1, -1)
 
-    monkeypatch.setattr(figures, "sample_frames", sample_frames)
+    monkeypatch.setattr(measure, "sample_frames", sample_frames)
     monkeypatch.setattr(figures, "sample_latents", sample_latents)
     monkeypatch.setattr(figures, "LINKS", 4)
     monkeypatch.setattr(figures, "STEPS", 10)
@@ -48,7 +48,7 @@ def model(monkeypatch):
 
 
 def test_true_clips_end_in_their_true_last_frame_smoothly_and_not_in_a_draft(model):
-    rows = means(measure_tau(model, 6, 0), "given", "tau")
+    rows = average(list(measure_tau(model, 6, 0)), "given", "tau")
     kinds = ("true", "draft", "another")
     assert list(rows) == [(kind, tau) for kind in kinds for tau in (0, 5, 10)]
     for (kind, _), row in rows.items():
@@ -59,34 +59,34 @@ def test_true_clips_end_in_their_true_last_frame_smoothly_and_not_in_a_draft(mod
 
 
 def test_an_abrupt_end_is_a_jump(model, monkeypatch):
-    real = figures.sample_frames
+    real = measure.sample_frames
 
-    def abrupt(*arguments, **settings):
-        clips = real(*arguments, **settings).clone()
+    def abrupt(*arguments, **changes):
+        clips = real(*arguments, **changes).clone()
         clips[:, -1] = -1
         return clips
 
-    monkeypatch.setattr(figures, "sample_frames", abrupt)
-    rows = means(measure_tau(model, 6, 0), "given", "tau")
+    monkeypatch.setattr(measure, "sample_frames", abrupt)
+    rows = average(list(measure_tau(model, 6, 0)), "given", "tau")
     assert all(row["jump"] > 5 for row in rows.values())
 
 
 def test_a_draft_keeps_the_means_of_its_tiles():
     frame = np.random.default_rng(0).integers(0, 256, (3, 32, 32)).astype(np.uint8)
-    draft = coarse(frame)
+    draft = make_draft(frame)
     assert draft.shape == frame.shape and len(np.unique(draft[0, :4, :4])) == 1
     assert abs(float(draft[1, 4:8, 8:12].mean()) - float(frame[1, 4:8, 8:12].mean())) < 1
 
 
 def test_a_chain_that_stands_still_does_not_drift(model):
-    rows = means(measure_drift(model, 2, 0), "carried", "link")
+    rows = average(list(measure_drift(model, 2, 0)), "carried", "link")
     assert list(rows) == [(kind, n) for kind in ("latent", "pixels") for n in (1, 2, 3, 4)]
     for row in rows.values():
         assert row["colour"] == row["shape"] == row["background"] == 1 and row["sky"] == 0
 
 
 def test_an_edit_that_is_held_survives_and_does_not_move(model):
-    rows = means(measure_edit(model, 6, 0), "edit", "tau")
+    rows = average(list(measure_edit(model, 6, 0)), "edit", "tau")
     assert {edit for edit, _ in rows} == {"colour", "shape", "background"}
     for row in rows.values():
         assert row["survives"] > 0.8 and row["moves"] == 0 and row["middle off, px"] > 0.5
@@ -108,3 +108,12 @@ def test_what_was_saved_apart_is_read_together(model, monkeypatch, capsys, tmp_p
     with pytest.raises(SystemExit):
         run("drifts")
     assert "unknown figure 'drifts'" in capsys.readouterr().err
+
+
+def test_the_nearest_training_clip_is_found(model, monkeypatch):
+    truth = torch.from_numpy(np.stack([render(scene) for scene in sample_hidden(0, 2)]))
+    monkeypatch.setattr(figures, "sample_frames", lambda model, captions: to_pixels(truth))
+    monkeypatch.setattr(measure, "HIDDEN_SEED", 0)  # these clips were trained on: found, 0 off
+    monkeypatch.setattr(figures, "HIDDEN_SEED", 0)
+    strip, line = find_nearest(model, clips=6, count=2)
+    assert "0.0 from new true clips" in line and strip.width > 300

@@ -1,10 +1,12 @@
-"""The course: every notebook runs, every check tells a stub from a solution, no name has gone."""
+"""The course: every notebook runs, checks tell stubs from solutions, no name or quote is stale."""
 
 import ast
 import builtins
+import copy
 import keyword
 import re
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ try:
     import checks
     import course
     import run
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name.startswith("tinydance"):
+        raise
     pytest.skip(f"{error}: pip install -e .[notebooks]", allow_module_level=True)
 
 NOTEBOOKS = sorted(COURSE.glob("[0-9]*.ipynb"))
@@ -33,7 +37,7 @@ def tagged(notebook, tag: str) -> list:
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-def said(cell) -> str:
+def printed(cell) -> str:
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
@@ -43,7 +47,7 @@ def test_it_runs_in_a_kernel_where_stubs_fail_their_checks_and_solutions_pass(na
     path = COURSE / f"{name}.ipynb"
     notebook = run.with_solutions(run.read(path), run.solutions(path), stubs=True)
     run.execute(notebook, fast=True)
-    verdicts = [said(cell) for cell in tagged(notebook, "check")]
+    verdicts = [printed(cell) for cell in tagged(notebook, "check")]
     stubs, solved = verdicts[::2], verdicts[1::2]
     assert len(stubs) == len(solved) >= 3
     for verdict in stubs:
@@ -123,7 +127,7 @@ def test_the_papers_words_are_few_and_say_from_where(name):
 def library_names() -> set[str]:
     """Every name that the package and the notebooks' own files define or use."""
     names = set(keyword.kwlist) | set(dir(builtins)) | set(dir(torch)) | set(dir(torch.Tensor))
-    files = [*ROOT.glob("*.py"), *ROOT.glob("tinydance/*.py"), *COURSE.glob("*.py")]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tinydance/**/*.py"), *COURSE.glob("*.py")]
     for file in files:
         names.add(file.stem)
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -139,14 +143,18 @@ LIBRARY = library_names()
 
 
 def gone(text: str, here: set[str], folder: Path) -> list[str]:
-    """Links to no file, and `names` in backquotes that neither the library nor `here` has."""
+    """Links to no file, and files, folders and names in backquotes that are nowhere.
+
+    A file is named from the repository, the package, the tests or the notebooks: `video/read.py`.
+    here: names that the notebook defines itself.
+    """
     text = re.sub(r"```.*?```", "", text, flags=re.S)
     found = []
     for link in re.findall(r"\]\(([^)#\s]+)\)", text):
         if "://" not in link and not (folder / link).exists():
             found.append(link)
     for word in re.findall(r"`([^`\n]+)`", text):
-        if re.fullmatch(r"[\w/]+\.(py|md|json|ipynb)", word):
+        if re.fullmatch(r"[\w/]+(\.(py|md|json|ipynb)|/)", word):
             places = (ROOT, ROOT / "tinydance", ROOT / "tests", COURSE)
             found += [] if any((place / word).exists() for place in places) else [word]
         elif re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", word):
@@ -165,8 +173,73 @@ def test_every_file_and_name_that_it_speaks_of_is_there(name):
 
 
 def test_the_search_for_names_finds_what_is_gone():
-    text = "`schedulers.py` `nothing.py` `add_noise` `add_noize()` [a](README.md) [b](nowhere.md)"
-    assert gone(text, set(), ROOT) == ["nowhere.md", "nothing.py", "add_noize()"]
+    there = "`schedulers.py` `video/story.py` `weights/` `add_noise` [a](README.md)"
+    assert gone(there, set(), ROOT) == []
+    not_there = "`nothing.py` `story.py` `nowhere/` `add_noize()` [b](nowhere.md)"
+    expected = ["nowhere.md", "nothing.py", "story.py", "nowhere/", "add_noize()"]
+    assert gone(not_there, set(), ROOT) == expected
+
+
+# ------------------------------------------------------------------ what they quote
+def find_quotes(cell) -> list[ast.Call]:
+    """The calls of `course.code` in a cell, in their order."""
+    calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+    quotes = [call for call in calls if ast.unparse(call.func) == "course.code"]
+    return sorted(quotes, key=lambda call: (call.lineno, call.col_offset))
+
+
+def import_names(notebook) -> dict:
+    """What the imports of a notebook define. Nothing else of its cells is run."""
+    names = {}
+    for cell in cells(notebook, "code"):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                exec(ast.unparse(node), names)
+    return names
+
+
+def stale_quotes(notebook, name: str) -> list[str]:
+    """What is wrong with a notebook's quotes: it shows other lines than the library has now."""
+    names, found = import_names(notebook), []
+    for cell in cells(notebook, "code"):
+        shown = [
+            output.data["text/markdown"]
+            for output in cell.outputs
+            if "text/markdown" in output.get("data", {})
+        ]
+        now = []
+        for call in find_quotes(cell):
+            try:
+                now.append(eval(ast.unparse(call), names).data)
+            except (AttributeError, NameError, ValueError) as error:
+                found.append(f"{name}, cell {cell.id}: {ast.unparse(call)} fails: {error}")
+        for saved, current in zip_longest(shown, now, fillvalue="nothing"):
+            if saved != current:
+                found.append(
+                    f"{name}, cell {cell.id} shows\n{saved}\nand the library has\n{current}"
+                )
+    return found
+
+
+@each_notebook
+def test_its_saved_quotes_are_what_the_library_says_now(name):
+    found = stale_quotes(SAVED[name], name)
+    assert not found, "\n\n".join([*found, f"python notebooks/run.py {name} --save mends it"])
+
+
+def test_the_search_for_stale_quotes_finds_what_has_changed_since():
+    notebook = copy.deepcopy(SAVED["01_noise_and_schedules"])
+    [cell] = [cell for cell in cells(notebook, "code") if cell.source == "course.code(add_noise)"]
+    saved = cell.outputs[0].data["text/markdown"]
+    cell.outputs[0].data["text/markdown"] = saved.replace("ab.sqrt()", "ab")
+    [report] = stale_quotes(notebook, "01")
+    assert report.startswith(f"01, cell {cell.id} shows") and "ab.sqrt() * z_0" in report
+    cell.outputs = []
+    [report] = stale_quotes(notebook, "01")
+    assert report.startswith(f"01, cell {cell.id} shows\nnothing\n")
+    cell.source = 'course.code(add_noise, "no such words")'
+    [report] = stale_quotes(notebook, "01")
+    assert "fails: no line has 'no such words'" in report
 
 
 def test_the_teachers_page_lists_every_notebook_and_where_each_fact_is_taught():
@@ -177,8 +250,11 @@ def test_the_teachers_page_lists_every_notebook_and_where_each_fact_is_taught():
     facts = re.findall(r"^\d+\. .*\[(.+?)\]\(([\w.]+\.ipynb)\)", text, re.M)
     assert len(facts) == 10
     for heading, name in facts:
-        headings = re.findall(r"^#+ (.+)$", "\n".join(
-            cell.source for cell in cells(SAVED[Path(name).stem], "markdown")), re.M)  # fmt: skip
+        headings = re.findall(
+            r"^#+ (.+)$",
+            "\n".join(cell.source for cell in cells(SAVED[Path(name).stem], "markdown")),
+            re.M,
+        )
         assert heading in headings, (heading, name)
 
 
@@ -193,7 +269,7 @@ WRONG = [
     (checks.add_noise, lambda z, e, a: a**0.5 * z - (1 - a) ** 0.5 * e, "added, not taken away"),
     (checks.add_noise, lambda z, e, a: z.sum(), "its shape is ()"),
     (checks.add_noise, lambda z, e, a: undefined, "raises NameError"),  # noqa: F821
-    (checks.f_last, lambda z, back: z[torch.arange(len(z)), -back], "one too late"),
+    (checks.f_last, lambda z, from_end: z[torch.arange(len(z)), -from_end], "one too late"),
     (checks.unet_input, lambda z, c: torch.cat([z, c], 1), "along the frames"),
     (checks.guidance, lambda u, c, w: c + w * (c - u), "w = 1 is not off"),
     (checks.switch, lambda i, tau, c, free: c if i <= tau else free, "one step too long"),
@@ -208,8 +284,10 @@ def test_a_check_names_the_mistake(check, answer, words, capsys):
     assert shown.startswith("not yet: ") and words in shown, shown
 
 
-GRADED = re.findall(r"checks\.(\w+)\(", "\n".join(
-    cell.source for notebook in SAVED.values() for cell in tagged(notebook, "check")))  # fmt: skip
+GRADED = re.findall(
+    r"checks\.(\w+)\(",
+    "\n".join(cell.source for notebook in SAVED.values() for cell in tagged(notebook, "check")),
+)
 
 
 @pytest.mark.parametrize("name", GRADED)
@@ -226,19 +304,22 @@ def test_the_library_is_right_and_every_known_mistake_is_named(name, monkeypatch
         assert capsys.readouterr().out == f"not yet: {reason}\n"
 
 
-@pytest.mark.parametrize("answer, words", [
-    (lambda x: -x, "the sign is wrong"),
-    (lambda x: 3 * x, "3 times what it should be"),
-    (lambda x: x.sqrt(), "a square root too many"),
-    (lambda x: x**2, "a square root is missing"),
-    (lambda x: x.T, "another order"),
-    (lambda x: x.flip(1), "axis 1 runs backwards"),
-    (lambda x: x.double(), "it is torch.float64"),
-    (lambda x: x + torch.eye(3, 4), "of its numbers differ; at (0, 0)"),
-    (lambda x: x / 0, "infinite"),
-    (lambda x: 1.0, "a float, and it should be a tensor"),
-    (lambda x: None, "returns nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (lambda x: -x, "the sign is wrong"),
+        (lambda x: 3 * x, "3 times what it should be"),
+        (lambda x: x.sqrt(), "a square root too many"),
+        (lambda x: x**2, "a square root is missing"),
+        (lambda x: x.T, "another order"),
+        (lambda x: x.flip(1), "axis 1 runs backwards"),
+        (lambda x: x.double(), "it is torch.float64"),
+        (lambda x: x + torch.eye(3, 4), "of its numbers differ; at (0, 0)"),
+        (lambda x: x / 0, "infinite"),
+        (lambda x: 1.0, "a float, and it should be a tensor"),
+        (lambda x: None, "returns nothing"),
+    ],
+)
 def test_a_check_says_what_differs(answer, words, capsys):
     checks.compare(answer, lambda x: x, [(torch.rand(3, 4) + 0.1,)])
     shown = capsys.readouterr().out

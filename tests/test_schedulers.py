@@ -1,12 +1,15 @@
 """Noise in and noise out, against the reference libraries' trajectories and slow formulas."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from reference import difference, golden
 
+from tinydance.model import read_schedule, write_schedule
 from tinydance.schedulers import (
+    SAMPLERS,
     Schedule,
     add_noise,
     ddim_step,
@@ -79,7 +82,7 @@ def test_ddpm_posterior_mean_is_the_references():
 def test_ddpm_posterior_is_bayes_rule():
     """q(z_s | z_t, z_0) from two Gaussians multiplied by hand, in float64 (DDPM Eq. 6 and 7)."""
     schedule, t, s = Schedule(), 600, 560
-    a_t, a_s = schedule.at(t), schedule.at(s)
+    a_t, a_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
     alpha = a_t / a_s
     z_0, z_t = torch.tensor([0.7], dtype=torch.float64), torch.tensor([-0.4], dtype=torch.float64)
     precision = 1 / (1 - a_s) + alpha / (1 - alpha)
@@ -146,15 +149,48 @@ def test_a_perfect_network_leads_ddim_back_to_the_clip():
     schedule, z_0 = Schedule(set_alpha_to_one=True), GOLDEN["x0"]
     z = GOLDEN["noise"]
     for t, t_prev in schedule.timesteps(20):
-        a = schedule.at(t)
+        a = schedule.alpha_bar_at(t)
         z = ddim_step(z, (z - a**0.5 * z_0) / (1 - a) ** 0.5, t, t_prev, schedule)
     assert difference(z, z_0) < 1e-4
 
 
 def test_a_schedule_survives_its_folder(tmp_path):
     schedule = Schedule(beta_schedule="linear", prediction_type="v_prediction")
-    schedule.save(tmp_path)
-    assert Schedule.from_folder(tmp_path) == schedule
+    write_schedule(schedule, tmp_path)
+    assert read_schedule(tmp_path) == schedule
+
+
+@pytest.mark.parametrize(
+    "name, ddim_eta, draws", [("ddim", 0.0, 0), ("ddim", 1.0, 7), ("ddpm", 0.0, 7)]
+)
+def test_a_sampler_yields_every_z_t_and_draws_only_the_noise_that_it_needs(name, ddim_eta, draws):
+    schedule, z = Schedule(), GOLDEN["noise"]
+    noises = torch.randn(7, *z.shape, generator=torch.Generator().manual_seed(0))
+    left, settings = iter(noises), SimpleNamespace(steps=7, ddim_eta=ddim_eta)
+
+    def denoise(z_t, t, i):
+        return stand_in(z_t, t)
+
+    zs = list(SAMPLERS[name](denoise, z, schedule, settings, lambda: next(left)))
+    assert len(zs) == 7 and len(list(left)) == 7 - draws
+    for z_t, (t, t_prev), noise in zip(zs, schedule.timesteps(7), noises, strict=True):
+        step = {"ddim": ddim_step, "ddpm": ddpm_step}[name]
+        eta = [ddim_eta] if name == "ddim" else []
+        z = step(z, stand_in(z, t), t, t_prev, schedule, *eta, noise)
+        assert torch.equal(z_t, z)
+
+
+def test_a_sampler_tells_the_denoiser_the_diffusion_time_and_the_step_counted_from_noise():
+    for sampler in SAMPLERS.values():
+        asked, settings = [], SimpleNamespace(steps=5, ddim_eta=0.0)
+        z_T = torch.zeros(1, 4)
+
+        def denoise(z_t, t, i):
+            asked.append((t, i))
+            return z_t
+
+        list(sampler(denoise, z_T, Schedule(), settings, lambda: z_T))
+        assert asked == [(t, i) for i, (t, _) in enumerate(Schedule().timesteps(5))]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

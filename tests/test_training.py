@@ -1,5 +1,6 @@
 """The loss is section 3.2's, a stopped run equals a straight one, two ranks equal one."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,26 +17,30 @@ from PIL import Image
 from reference import HERE, difference, tiny_model, tiny_unet
 from tiny_training import FIELDS, tiny_train
 
-from tinydance import conditioning, noise, training
-from tinydance.run import checkpoints as checkpoints_module
+from tinydance import conditioning, noise
+from tinydance.config import NETWORKS, make_config
+from tinydance.data import batches
+from tinydance.model import Batch, PixelDance
 from tinydance.run import log as log_module
 from tinydance.run.checkpoints import checkpoints
-from tinydance.config import make_config
-from tinydance.data.batches import batches
-from tinydance.toy.source import ToyWorld
-from tinydance.training import Batch
-from tinydance.model import PixelDance
-from tinydance.toy import SHIPPED
+from tinydance.run.fit import fit
+from tinydance.run.start import compiler_works
 from tinydance.sampling import sample_frames
 from tinydance.schedulers import add_noise
+from tinydance.toy import SHIPPED, ToyWorld, World
+from tinydance.training import (
+    DiffusionLoss,
+    Machine,
+    Stage,
+    Trainee,
+    learning_rate,
+    training_steps,
+    update_ema,
+)
+from tinydance.unet import UNet, UNetConfig, is_temporal
+from tinydance.vae import VAEConfig, to_pixels
 from tinydance.video.strips import psnr
-from tinydance.toy.world import World
-from tinydance.run.fit import fit
-from tinydance.training import DiffusionLoss, Stage, learning_rate, update_ema
-from tinydance.unet import UNet, is_temporal
-from tinydance.vae import to_pixels
-from tinydance.weights.files import read_config
-from tinydance.weights.load import load_weights
+from tinydance.weights import load_weights, read_config
 
 
 def newest(folder, stage="video"):
@@ -67,27 +72,37 @@ class CheapUNet(torch.nn.Module):
         return z[:, :, :4]
 
 
+def random_frames(b, f):
+    """uint8 (b, f, 3, 16, 16)."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(256, (b, f, 3, 16, 16), generator=g, dtype=torch.uint8)
+
+
+def make_batch(frames, captions, sample_ids, step=0):
+    return Batch(step, frames, captions, sample_ids, names=[f"clips/{n}.mp4" for n in sample_ids])
+
+
 def recorded_loss(monkeypatch, frames, n, cheap=False, **changes):
     """The loss of samples 0..n-1 of a tiny model, with everything that make_c_image was given."""
     config = make_config("toy", **(FIELDS | changes))
     seen = {}
 
     def spy(f_first, f_last, f, eps, alpha_bar_c, keep_last=None):
-        c_image = conditioning.make_c_image(f_first, f_last, f, eps, alpha_bar_c, keep_last)
+        c_image = make_c_image(f_first, f_last, f, eps, alpha_bar_c, keep_last)
         seen.update(f_first=f_first, f_last=f_last, keep_last=keep_last, c_image=c_image)
         seen.update(eps_c=eps, alpha_bar_c=alpha_bar_c)
         return c_image
 
-    monkeypatch.setattr(training, "make_c_image", spy)
+    make_c_image = conditioning.make_c_image
+    monkeypatch.setattr(conditioning, "make_c_image", spy)
     model = tiny_model(beta_schedule="linear", prediction_type=config.prediction_type)
     loss = DiffusionLoss(model, config)
     if cheap:
         loss.unet = CheapUNet()
     calls = []
     loss.unet.register_forward_hook(lambda module, args, out: calls.append((args, out)))
-    clip = torch.rand(frames, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    pixels = clip.expand(n, frames, 3, 16, 16)
-    value = loss(pixels, ["a red circle"] * n, list(range(n)))
+    clips = random_frames(1, frames).expand(n, frames, 3, 16, 16)
+    value = loss(make_batch(clips, ["a red circle"] * n, list(range(n))))["loss"]
     (z, t, c_text), out = calls[0]
     return value, seen | {"z": z, "t": t, "c_text": c_text, "out": out, "model": model}
 
@@ -102,8 +117,8 @@ def test_the_loss_is_the_square_error_of_the_prediction(monkeypatch, prediction)
     posterior = noise.draw(generators, 4, 4, 8, 8)
     noise.draw(generators, 2, 4, 8, 8)
     eps = noise.draw(generators, 4, 4, 8, 8)
-    clip = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    z_0 = seen["model"].vae.encode_video(clip.expand(3, 4, 3, 16, 16), posterior)
+    clips = to_pixels(random_frames(1, 4)).expand(3, 4, 3, 16, 16)
+    z_0 = seen["model"].vae.encode_video(clips, posterior)
     for k in range(3):
         a_t = float(a[seen["t"][k]])
         z_t = add_noise(z_0[k], eps[k], a_t)
@@ -144,19 +159,18 @@ def test_images_have_no_condition_and_leave_temporal_layers_without_gradient(mon
     assert seen["z"].shape == (4, 1, 8, 8, 8) and int((seen["z"][:, :, 4:] != 0).sum()) == 0
     unet = seen["model"].unet.requires_grad_(True)
     loss = DiffusionLoss(seen["model"], make_config("toy", **FIELDS))
-    loss(torch.zeros(2, 1, 3, 16, 16), ["", ""], [0, 1]).backward()
-    assert all(p.grad is None for p in unet.temporal_parameters())
+    loss(make_batch(random_frames(2, 1), ["", ""], [0, 1]))["loss"].backward()
+    parameters = dict(unet.named_parameters())
+    assert all(p.grad is None for name, p in parameters.items() if is_temporal(name))
     assert unet.conv_out.weight.grad is not None
 
 
 def test_a_samples_loss_does_not_depend_on_its_batch():
     model, config = tiny_model(), make_config("toy", **FIELDS)
-    loss = DiffusionLoss(model, config)
-    pixels = torch.rand(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    captions = ["a red circle", "blue", ""]
-    loss.requires_grad_(False)
-    together = float(loss(pixels, captions, [7, 8, 9]))
-    apart = [float(loss(pixels[k : k + 1], captions[k : k + 1], [7 + k])) for k in range(3)]
+    objective = DiffusionLoss(model, config).requires_grad_(False)
+    batch = make_batch(random_frames(3, 4), ["a red circle", "blue", ""], [7, 8, 9])
+    together = float(objective(batch)["loss"])
+    apart = [float(objective(batch.part(slice(k, k + 1), "cpu"))["loss"]) for k in range(3)]
     assert abs(together - np.mean(apart)) < 1e-5
 
 
@@ -242,7 +256,7 @@ def test_the_shipped_image_model_does_not_know_the_latents_of_another_vae(tmp_pa
 def test_another_prediction_than_the_image_models_is_noted(straight, tmp_path, capsys):
     tiny_train("video", out=str(tmp_path), init=str(straight / "image" / "model"),
                prediction_type="epsilon", video_steps=1)  # fmt: skip
-    assert "learnt to predict v_prediction, this run epsilon" in capsys.readouterr().out
+    assert "learned to predict v_prediction, this run epsilon" in capsys.readouterr().out
 
 
 def test_a_stage_without_its_forerunner_says_what_to_run(tmp_path):
@@ -273,9 +287,9 @@ def test_small_passes_add_up_to_a_large_one(straight, tmp_path):
     tiny_train("video", out=str(tmp_path / "large"))
     calls, forward = [], DiffusionLoss.forward
 
-    def spy(self, pixels, captions, numbers):
-        calls.append(tuple(pixels.shape[:2]))
-        return forward(self, pixels, captions, numbers)
+    def spy(self, batch):
+        calls.append(tuple(batch.frames.shape[:2]))
+        return forward(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DiffusionLoss, "forward", spy)
@@ -305,9 +319,12 @@ def test_two_graphs_are_compiled_one_for_clips_and_one_for_images(monkeypatch):
         return graph.forward
 
     compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda self, **options: compile_(self, backend=backend, **options))
-    machine = training.Machine(make_config("toy", **FIELDS))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_(self, backend=backend, **options),
+    )
+    machine = Machine(make_config("toy", **FIELDS))
     machine.compile = True
     machine.distribute(unet, unet)
     for _ in range(2):
@@ -317,13 +334,15 @@ def test_two_graphs_are_compiled_one_for_clips_and_one_for_images(monkeypatch):
     assert len(graphs) == 2
 
 
-def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
+def test_without_a_compiler_training_goes_on(straight, tmp_path, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no C++ compiler found\nwith a long explanation")
 
     monkeypatch.setattr(torch, "compile", broken)
-    machine = training.Machine(make_config("toy", **(FIELDS | {"compile": "on"})))
-    assert not machine.compile
+    assert not compiler_works(torch.device("cpu"))
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    before_the_video_stage(straight, tmp_path)
+    tiny_train("video", out=str(tmp_path), compile="on", video_steps=1)
     assert "does not work here (no C++ compiler found)" in capsys.readouterr().out
 
 
@@ -379,12 +398,12 @@ def test_sigterm_saves_at_the_current_step_and_leaves_with_zero(straight, tmp_pa
     for stage in ("vae", "text", "image"):
         shutil.copytree(straight / stage, tmp_path / stage)
     process = run_script("video", f"out={tmp_path}", "video_steps=100000", "save_every=100000")
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while not (tmp_path / "video" / "log.jsonl").exists() or len(log(tmp_path)) < 3:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "goes on from there" in output, output
     assert newest(tmp_path)["step"] == log(tmp_path)[-1]["step"] >= 3
 
@@ -437,40 +456,42 @@ def test_a_hung_rank_ends_the_run(straight, tmp_path):
     before_the_video_stage(straight, tmp_path)
     process = run_script("hang", "3", f"out={tmp_path}", "timeout=0.1", ranks=2,
                          script="faulty_training.py")  # fmt: skip
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "imed out" in output, output
 
 
 class OneWeight(torch.nn.Module):
-    """A loss whose gradient is factor(number of the sample)."""
+    """A loss whose gradient is factor(number of the sample); it tells another number as well."""
 
     def __init__(self, factor):
         super().__init__()
         self.weight, self.factor = torch.nn.Parameter(torch.ones(2)), factor
 
-    def forward(self, pixels, captions, numbers):
-        return self.weight.sum() * self.factor(numbers[0])
+    def forward(self, batch):
+        total = self.weight.sum()
+        return {"loss": total * self.factor(batch.sample_ids[0]), "total": total.detach()}
 
 
 def black_frames(first, last):
     for step in range(first, last):
-        frames = torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8)
-        yield Batch(step, frames, [""], [step], [f"clips/{step}.mp4"])
+        yield make_batch(torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8), [""], [step], step)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
     fields = FIELDS | {"out": str(tmp_path), "decay": False, "save_every": 1}
-    config, weights = make_config("toy", **fields), []
+    config, weights, averages = make_config("toy", **fields), [], []
     objective = OneWeight(lambda number: float("nan") if number == 1 else 1.0)
 
     def publish(ema):
         weights.append(objective.weight.detach().clone())
+        averages.append(ema.weight.clone())
 
     stage = Stage("x", objective, objective, 3, 1e-2, black_frames, publish)
-    fit(stage, config, training.Machine(config))
+    fit(stage, config, Machine(config))
     assert [line["skipped"] for line in log(tmp_path, "x")] == [False, True, False]
     assert not torch.equal(weights[0], torch.ones(2)) and torch.equal(weights[0], weights[1])
     assert torch.isfinite(weights[2]).all() and not torch.equal(weights[1], weights[2])
+    assert torch.equal(averages[0], averages[1]) and not torch.equal(averages[1], averages[2])
 
 
 def test_a_run_whose_gradients_stay_infinite_ends_with_the_samples_names(tmp_path):
@@ -478,13 +499,38 @@ def test_a_run_whose_gradients_stay_infinite_ends_with_the_samples_names(tmp_pat
     objective = OneWeight(lambda number: float("inf"))
     stage = Stage("x", objective, objective, 9, 1e-2, black_frames, lambda ema: None)
     with pytest.raises(ValueError, match=r"3 steps in a row .* had clips/2\.mp4"):
-        fit(stage, config, training.Machine(config))
+        fit(stage, config, Machine(config))
+
+
+def test_every_number_that_an_objective_tells_is_logged(tmp_path, capsys):
+    config = make_config("toy", **(FIELDS | {"out": str(tmp_path)}))
+    objective = OneWeight(lambda number: 1.0)
+    stage = Stage("x", objective, objective, 3, 1e-2, black_frames, lambda ema: None)
+    fit(stage, config, Machine(config))
+    lines = log(tmp_path, "x")
+    assert [line["total"] for line in lines] == [line["loss"] for line in lines]
+    keys = {"step", "loss", "total", "grad_norm", "lr", "kind", "seconds", "waited", "skipped"}
+    assert all(set(line) == keys for line in lines)
+    assert ", loss " in capsys.readouterr().out
+
+
+def test_the_steps_are_a_generator_that_anybody_may_iterate():
+    """As a notebook does: no folder, no log, no checkpoint."""
+    config = make_config("toy", **(FIELDS | {"decay": False}))
+    objective = OneWeight(lambda number: 1.0)
+    stage = Stage("x", objective, objective, 4, 1e-2, black_frames, lambda ema: None)
+    machine = Machine(config)
+    trainee = Trainee(stage, config, machine)
+    steps = list(training_steps(stage, config, machine, trainee))
+    assert [step.done for step in steps] == [1, 2, 3, 4]
+    assert steps[0].numbers["loss"] == 2.0 > steps[-1].numbers["loss"]
+    assert [step.batch.names for step in steps] == [[f"clips/{n}.mp4"] for n in range(4)]
 
 
 def test_a_device_that_is_too_small_names_what_helps(straight, tmp_path, monkeypatch):
     before_the_video_stage(straight, tmp_path)
 
-    def forward(self, pixels, captions, numbers):
+    def forward(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(DiffusionLoss, "forward", forward)
@@ -501,11 +547,20 @@ def test_a_picture_that_cannot_be_written_does_not_end_a_run(tmp_path, capsys):
 def test_the_benchmark_prints_where_the_time_goes(capsys, monkeypatch):
     from tinydance.run import benchmark
 
-    monkeypatch.setattr(benchmark, "matmul_peak", lambda machine: 1e12)
+    monkeypatch.setattr(benchmark, "measure_matmul", lambda machine: 1e12)
     tiny_train("benchmark")
     table = capsys.readouterr().out
     parts = ("| data |", "| VAE |", "| backward |", "| Adam |", "clips/s", "MFU", "peak memory")
     assert all(part in table for part in parts), table
+
+
+def test_the_benchmarks_networks_are_the_runs_and_not_those_of_the_presets_name():
+    from tinydance.run.benchmark import make_random_model
+
+    with torch.device("meta"):  # sizes without memory
+        model = make_random_model(make_config("paper", unet="small"))
+    assert model.unet.config == NETWORKS["small"]["unet"]
+    assert model.vae.config == VAEConfig() and model.text_tower.config.hidden_size == 1024
 
 
 def test_flops_are_counted_as_two_for_each_multiplication_and_addition():
@@ -531,46 +586,36 @@ def test_the_learning_rate_warms_up_and_may_fall_to_zero():
     assert learning_rate(99, 100, 1.0, falling) < 1e-3
 
 
-def test_a_checkpoint_that_a_crash_left_half_written_is_not_read(tmp_path):
-    checkpoints_module.save_checkpoint(tmp_path, 5, {"step": 5})
-    (tmp_path / "unfinished_00000009").mkdir()
-    (tmp_path / "unfinished_00000009" / "state.pt").write_bytes(b"half")
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
-    checkpoints_module.save_checkpoint(tmp_path, 9, {"step": 9})
-    checkpoints_module.save_checkpoint(tmp_path, 12, {"step": 12})
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000009", "step_00000012"]
-
-
 # --------------------------------------------------------------------------------- it really learns
 def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_caption(tmp_path):
     """25 dB or better against the VAE's own round trip, with the shipped VAE and text tower."""
     shipped = PixelDance.from_folder(SHIPPED)
-    frames, caption = ToyWorld(5, World(32, 8)).clip(0)[:2]
+    frames, caption = ToyWorld(5, World(32, 8)).sample(0)[:2]
     torch.manual_seed(0)
-    unet = UNet(
-        block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=16, norm_num_groups=8,
-        cross_attention_dim=shipped.unet.config["cross_attention_dim"],
-        attention_levels=(False, True), temporal_dropout=0.0,
-    )  # fmt: skip
+    shape = UNetConfig(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_head_dim=16,
+        norm_num_groups=8,
+        cross_attention_dim=shipped.unet.config.cross_attention_dim,
+        attention_levels=(False, True),
+        temporal_dropout=0.0,
+    )
+    model = dataclasses.replace(shipped, unet=UNet(shape))
     for part in (shipped.vae, shipped.text_tower):
         part.requires_grad_(False)
-    model = PixelDance(
-        unet, shipped.vae, shipped.text_tower, shipped.tokenizer, shipped.schedule, shipped.settings
-    )
-    fields = FIELDS | {
-        "out": str(tmp_path), "height": 32, "width": 32, "frames": 8, "warmup": 10,
-        "decay": True, "save_every": 1000, "image_every": 0, "ema": 0.98,
-    }  # fmt: skip
+    fields = {"out": str(tmp_path), "height": 32, "width": 32, "frames": 8, "image_every": 0}
+    fields |= {"warmup": 10, "decay": True, "ema": 0.98, "save_every": 1000}
 
     def stream(first, last):
         for step in range(first, last):
             pair = frames[None].repeat(2, 1, 1, 1, 1)
-            yield Batch(step, pair, [caption] * 2, [2 * step, 2 * step + 1], ["", ""])
+            yield make_batch(pair, [caption] * 2, [2 * step, 2 * step + 1], step)
 
-    config = make_config("toy", **fields)
+    config = make_config("toy", **(FIELDS | fields))
     objective = DiffusionLoss(model, config)
-    stage = Stage("clip", objective, unet, 330, 2e-3, stream, publish=lambda ema: None)
-    model.unet = fit(stage, config, training.Machine(config))
+    stage = Stage("clip", objective, model.unet, 330, 2e-3, stream, publish=lambda ema: None)
+    model.unet = fit(stage, config, Machine(config))
     truth = to_pixels(frames)[None]
     round_trip = model.vae.decode_video(model.vae.encode_video(truth)).clamp(-1, 1)
     made = sample_frames(model, [caption], truth[:, 0], frames=8, steps=20, guidance=1.0)
@@ -581,6 +626,6 @@ def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_capt
 
 def test_batches_do_not_repeat_between_clip_and_image_steps():
     source = ToyWorld(0, World(16, 4))
-    stream = batches(source, 0, 4, 2, single=lambda step: step % 2 == 1, image_batch=3)
-    numbers = [n for batch in stream for n in batch.numbers]
-    assert len(set(numbers)) == len(numbers) == 10
+    stream = batches(source, 0, 4, 2, is_image_step=lambda step: step % 2 == 1, image_batch=3)
+    sample_ids = [n for batch in stream for n in batch.sample_ids]
+    assert len(set(sample_ids)) == len(sample_ids) == 10

@@ -5,16 +5,15 @@ import torch
 from reference import difference, fill, golden
 
 from tinydance import vae as vae_module
-from tinydance.toy.losses import ReconstructionLoss
-from tinydance.vae import VAE
+from tinydance.vae import VAE, VAEConfig, draw_latents, holds_moments, to_frames, to_pixels
+from tinydance.weights import pick
 from tinydance.weights.load import load_weights
 from tinydance.weights.safetensors import save_safetensors
 
 
 def golden_vae():
     config, keys, tensors = golden("vae")
-    names = ("block_out_channels", "layers_per_block", "norm_num_groups", "scaling_factor")
-    return fill(VAE(**{name: config[name] for name in names})), keys, tensors
+    return fill(VAE(VAEConfig(**pick(config, VAEConfig)))), keys, tensors
 
 
 @torch.no_grad()
@@ -49,6 +48,43 @@ def test_a_video_is_encoded_frame_by_frame_and_scaled(monkeypatch):
     assert difference(vae.decode_video(z).flatten(0, 1), slow) < 1e-4
 
 
+def test_frames_become_pixels_and_pixels_the_same_frames():
+    frames = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    pixels = to_pixels(frames)
+    assert (float(pixels.min()), float(pixels.max())) == (-1, 1)
+    assert torch.equal(to_frames(pixels), frames)
+    beyond = to_frames(torch.tensor([-1.5, 1.5, 0.003]))  # clamped and rounded
+    assert beyond.dtype == torch.uint8 and beyond.tolist() == [0, 255, 128]
+
+
+def test_what_a_source_gives_is_encoded_whether_it_is_frames_pixels_or_moments():
+    """And of all three the same z_0 is drawn, with the noise that the caller draws."""
+    vae, g = golden_vae()[0], torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (2, 3, 3, 8, 8), dtype=torch.uint8, generator=g)
+    eps = torch.randn(2, 3, 4, 4, 4, generator=g)
+    asked = []
+
+    def draw_eps(*shape):
+        asked.append(shape)
+        return eps
+
+    pixels = to_pixels(frames)
+    mean, logvar = vae.encode(pixels.flatten(0, 1))
+    scaled = torch.cat([mean, (0.5 * logvar).exp()], dim=1) * vae.config.scaling_factor
+    moments = scaled.unflatten(0, (2, 3)).detach()
+    z_0 = vae.encode_video(pixels, eps)
+    assert torch.equal(vae.encode_frames(frames, draw_eps), z_0)
+    assert torch.equal(vae.encode_frames(pixels, draw_eps), z_0)
+    assert difference(vae.encode_frames(moments, draw_eps), z_0) < 1e-5
+    assert difference(draw_latents(moments, eps), z_0) < 1e-5
+    assert asked == [(3, 4, 4, 4)] * 3
+    assert holds_moments(moments) and not holds_moments(frames)
+    assert torch.equal(vae.decode_frames(frames), pixels)
+    assert torch.equal(vae.decode_frames(pixels), pixels)
+    decoded = vae.decode_video(vae.encode_video(pixels)).clamp(-1, 1)
+    assert difference(vae.decode_frames(moments), decoded) < 1e-4
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, tolerance", [(None, 0), (torch.float16, 5e-3)])
 def test_a_vae_survives_its_folder(tmp_path, dtype, tolerance):
@@ -67,51 +103,9 @@ def test_the_older_attention_names_load_too(tmp_path):
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     weights = load_weights(tmp_path)
     for new_name, old_name in old.items():
-        weights = {k.replace(f"attentions.0.{new_name}", f"attentions.0.{old_name}"): v.clone()
-                   for k, v in weights.items()}  # fmt: skip
+        new_name, old_name = f"attentions.0.{new_name}", f"attentions.0.{old_name}"
+        weights = {k.replace(new_name, old_name): v.clone() for k, v in weights.items()}
     assert any("query" in k for k in weights)
     save_safetensors(weights, file)
     again = VAE.from_folder(tmp_path).eval()
     assert difference(again.decode(tensors["z"]), vae.decode(tensors["z"])) == 0
-
-
-@torch.no_grad()
-def test_whitened_latents_are_even_and_give_the_same_pictures(tmp_path):
-    vae, _, _ = golden_vae()
-    x = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    before = vae.decode_video(vae.encode_video(x[None]))
-    spread = vae.encode(x)[1].exp().mean((0, 2, 3))
-    mean = vae.encode(x)[0].transpose(0, 1).flatten(1).double()
-    vae.whiten(x)
-    z = vae.encode_video(x[None])[0].transpose(0, 1).flatten(1).double()
-    assert difference(z.cov(), torch.eye(4)) < 1e-3 and z.mean(1).abs().max() < 1e-3
-    assert difference(vae.decode_video(vae.encode_video(x[None])), before) < 1e-4
-    # The map M has M cov M^T = 1; the new variances are the diagonal of M diag(spread) M^T.
-    m = torch.linalg.lstsq((mean - mean.mean(1, keepdim=True)).T, z.T).solution.T
-    expected = (m @ torch.diag(spread.double()) @ m.T).diagonal()
-    assert difference(vae.encode(x)[1].exp().mean((0, 2, 3)) / expected, torch.ones(4)) < 1e-3
-    vae.save(tmp_path)
-    again = VAE.from_folder(tmp_path)
-    assert difference(again.decode_video(again.encode_video(x[None])), before) < 1e-4
-
-
-def test_the_reconstruction_loss_is_its_formula():
-    vae, _, _ = golden_vae()
-    x = torch.rand(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    loss = ReconstructionLoss(vae, seed=0)
-    loss.KL_WEIGHT = 0.0
-    plain = float(loss(x, ["", ""], [0, 1]).detach())
-    loss.KL_WEIGHT = 1.0
-    mean, logvar = vae.encode(x.flatten(0, 1))
-    normal = torch.distributions.Normal
-    kl = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0))
-    assert abs(float(loss(x, ["", ""], [0, 1]).detach()) - plain - float(kl.mean().detach())) < 1e-4
-
-
-def test_the_reconstruction_loss_is_a_function_of_the_samples_numbers():
-    vae, _, _ = golden_vae()
-    x = torch.rand(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    loss = ReconstructionLoss(vae, seed=0)
-    first = loss(x, ["", ""], [5, 6])
-    assert torch.equal(first, loss(x, ["", ""], [5, 6]))
-    assert not torch.equal(first, loss(x, ["", ""], [5, 7]))

@@ -1,10 +1,10 @@
-"""Every choice of a run, by name, with who made it: one dataclass and one table of presets.
+"""Every choice of a training, by name, with who made it: one dataclass and one table of presets.
 
-The defaults are the paper's run; what it leaves open says so in its help text. `train.py` turns
-the fields into `--field value`; a preset sets several at once; the head of a run prints them all.
+The defaults are the paper's run; what the paper leaves open says so in its help text. `train.py`
+turns the fields into `--field value`; a preset sets several at once; the head of a run prints them
+all. What Schedule and Settings declare has its default there.
 
-Read before: `video.py`. Read after: `train.py`, `sample.py`.
-Not here: how a network is shaped. That is the table at the end, in the config files' own words.
+Not here: command lines (`run/cli.py`).
 """
 
 import contextlib
@@ -15,75 +15,96 @@ from typing import Literal, get_args
 
 import torch
 
+from tinydance.clip import TextConfig
+from tinydance.model import Settings
+from tinydance.schedulers import Schedule
+from tinydance.unet import UNetConfig
+from tinydance.vae import VAEConfig
 
-def option(default, help: str, low=0, high=math.inf):
+
+def option(default, help: str, low=0, high=math.inf, free=False):
     """A field with its help text; a number may be from low to high."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "free": free})
+
+
+def free(default, help: str, low=0, high=math.inf):
+    """A field that may differ when a run goes on: it tells where and how fast, and not what."""
+    return option(default, help, low, high, free=True)
 
 
 @dataclass(frozen=True)
 class Config:
     # where
-    preset: str = option("toy", "the row of PRESETS that the other fields start from")
-    data: str = option("toyworld", "'toyworld', a folder of videos, of tar shards or of cached "
-                       "latents, a .csv, .tar files; several, each with :WEIGHT")
+    preset: str = option("toy", "the column of the table that the other fields start from")
+    data: str = option(
+        "toyworld",
+        "'toyworld', a folder of videos, tar shards or cached latents, a .csv, .tar files; of "
+        "several, each with its share behind a colon, as in clips:0.05",
+    )
     images: str = option("", "likewise, pictures for image steps; else frames of the clips")
-    rich: bool = option(False, "the toy world with more shapes, colours and motions, and a camera")
-    init: str = option("", "model folder that the video stage starts from: SD 2.1's, "
-                       "ModelScope's, ours; or 'shipped', the toy image model")
+    init: str = free(
+        "",
+        "model folder to start from: SD 2.1's, ModelScope's, ours, 'shipped' [ours: paper silent]",
+    )
     unet: Literal["init", "toy", "small"] = option(
         "init", "the image stage trains --init's UNet, or a new one of this size"
     )
-    resume: Literal["auto", "none"] = option(
+    resume: Literal["auto", "none"] = free(
         "auto", "go on from the newest whole checkpoint; none: set it aside"
     )
-    out: str = option("runs/toy", "where stages write checkpoints, samples and models")
+    out: str = free("runs/toy", "where stages write checkpoints, samples and models")
     seed: int = option(0, "all randomness is a function of it, the step and the sample")
 
     # the clip
-    frames: int = option(16, "frames of a clip [paper §4.1]", low=2)
-    fps: int = option(4, "frames per second of a clip [paper §4.1]", low=1)
-    height: int = option(256, "pixels [paper §4.1]", low=8)
-    width: int = option(256, "pixels [paper §4.1]", low=8)
+    frames: int = option(Settings.frames, "frames of a clip [paper §4.1]", low=2)
+    fps: int = option(Settings.fps, "frames per second of a clip [paper §4.1]", low=1)
+    height: int = option(Settings.height, "pixels [paper §4.1]", low=8)
+    width: int = option(Settings.width, "pixels [paper §4.1]", low=8)
     crop: Literal["centre", "random"] = option(
         "centre", "which part of a wider picture is taken [ours: paper silent; SD]"
     )
     short: Literal["pad", "reject"] = option(
-        "pad", "a video shorter than a clip: repeat its last picture, or none of it [ours]"
+        "pad", "a video shorter than a clip: repeat its last picture, or take another video [ours]"
     )
     starts: Literal["any", "grid"] = option(
         "any", "when a clip may start; grid: at multiples of 1 / fps, as from cached latents"
     )
 
     # diffusion
-    num_train_timesteps: int = option(1000, "T [paper §4.1]", low=1)
+    num_train_timesteps: int = option(Schedule.num_train_timesteps, "T [paper §4.1]", low=1)
     beta_schedule: Literal["scaled_linear", "linear"] = option(
-        "scaled_linear", "[SD], or [DDPM]"
+        Schedule.beta_schedule, "[ours: paper silent; SD], or linear [DDPM]"
     )
-    beta_start: float = option(0.00085, "[SD]")
-    beta_end: float = option(0.012, "[SD]")
+    beta_start: float = option(Schedule.beta_start, "[ours: paper silent; SD]")
+    beta_end: float = option(Schedule.beta_end, "[ours: paper silent; SD]")
     prediction_type: Literal["epsilon", "v_prediction"] = option(
-        "epsilon", "what is learnt [paper §4.1]"
+        Schedule.prediction_type, "what the network learns to answer [paper §4.1]"
     )
     timestep_spacing: Literal["leading", "trailing"] = option(
-        "leading", "[SD]; trailing begins at purest noise"
+        Schedule.timestep_spacing,
+        "of sampling; trailing begins at the purest noise [ours: paper silent; SD]",
     )
-
-    steps: int = option(50, "of sampling, by default [ours: paper silent; ModelScope]", low=1)
-    guidance: float = option(7.5, "likewise; 1 is off [ours: paper silent; DynamiCrafter]")
-    tau: float = option(0.5, "share of the steps that sees the last frame [paper Fig. 7]", high=1)
+    steps: int = free(Settings.steps, "of sampling [ours: paper silent; ModelScope]", low=1)
+    guidance: float = free(
+        Settings.guidance, "of sampling; 1 is off [ours: paper silent; DynamiCrafter]"
+    )
+    tau: float = free(
+        Settings.tau, "share of steps that sees the last frame [paper Fig. 7]", high=1
+    )
 
     # the instructions
     eta: float = option(0.25, "share of last frames dropped in training [paper §3.2]", high=1)
-    cond_noise_t: int = option(100, "diffusion steps of noise on c_image [paper §4.1]", high=999)
+    cond_noise_t: int = option(
+        Settings.cond_noise_t, "diffusion steps of noise on c_image [paper §4.1]", high=999
+    )
     text_drop: float = option(0.1, "share of captions dropped [ours: paper silent; SD]", high=1)
-    sketch: bool = option(False, "last frames are shown as edge drawings [paper §4.5]")
-    image_every: int = option(8, "every so-manyth step is a batch of images [paper §4.1]")
+    sketch: bool = option(False, "show last frames as edge drawings [paper §4.5]")
+    image_every: int = option(8, "one step of this many is a batch of images [paper §4.1]")
 
     # optimisation
     batch: int = option(192, "clips a step, over all ranks [paper §4.1]", low=1)
     image_batch: int = option(1536, "images an image step [ours: paper silent; 8 x batch]", low=1)
-    micro_batch: int = option(0, "clips at once on a rank, gradients add up; 0: all [ours]")
+    micro_batch: int = free(0, "clips at once on a rank, whose gradients add up; 0: all [ours]")
     train: Literal["all", "temporal"] = option(
         "all", "or only what is new: temporal layers and conv_in [Make-Your-Video]"
     )
@@ -94,30 +115,26 @@ class Config:
     decay: bool = option(False, "let the rate fall along a half cosine [ours: paper silent]")
     weight_decay: float = option(0.01, "[ours: paper silent; VGen]")
     clip_grad: float = option(1.0, "largest norm of the gradient [ours: paper silent; VGen]")
-    ema: float = option(0.9999, "decay of the averaged weights [ours: paper silent; VGen]", high=1)
-    vae_steps: int = option(0, "steps of the VAE stage; 0: frozen, from --init [paper §4.1]")
-    text_steps: int = option(0, "steps of the text stage; 0: frozen, from --init [paper §4.1]")
-    image_steps: int = option(0, "steps of the image stage; 0: from --init [paper §3.1]")
-    video_steps: int = option(200_000, "steps of the video stage [paper §4.1]")
+    ema: float = option(0.9999, "decay of averaged weights [ours: paper silent; VGen]", high=1)
+    vae_steps: int = free(0, "of the VAE stage; 0: frozen, from --init [paper §4.1]")
+    text_steps: int = free(0, "of the text stage; 0: frozen, from --init [paper §4.1]")
+    image_steps: int = free(0, "of the image stage; 0: --init's [ours: paper silent]")
+    video_steps: int = free(200_000, "of the video stage [paper §4.1]")
 
     # the machine
-    device: Literal["auto", "cuda", "mps", "cpu"] = option(
-        "auto", "auto: the first there is"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
+    device: Literal["auto", "cuda", "mps", "cpu"] = free("auto", "auto: cuda before mps before cpu")
+    dtype: Literal["auto", "float32", "bfloat16"] = free(
         "auto", "of autocast; weights stay float32"
     )
-    compile: Literal["auto", "on", "off"] = option(
-        "auto", "torch.compile; auto: on with CUDA"
-    )
-    zero: bool = option(False, "each rank keeps a share of Adam's moments [ZeRO, stage 1]")
-    gradient_checkpointing: bool = option(False, "less memory for a third more time")
-    timeout: float = option(30, "minutes that the other ranks wait for one that hangs")
-    workers: int = option(4, "processes that read data, on each rank")
-    max_bad: float = option(0.05, "share of bad among 1,000 samples that ends a run [ours]", high=1)
-    max_skips: int = option(20, "steps in a row without finite gradients that end a run", low=1)
-    save_every: int = option(1000, "steps between checkpoints", low=1)
-    sample_every: int = option(2000, "steps between film strips", low=1)
+    compile: Literal["auto", "on", "off"] = free("auto", "torch.compile; auto: on with CUDA")
+    zero: bool = free(False, "each rank keeps a share of Adam's moments [ZeRO, stage 1]")
+    gradient_checkpointing: bool = free(False, "less memory for a third more time")
+    timeout: float = free(30, "minutes that the other ranks wait for one that hangs")
+    workers: int = free(4, "processes that read data, on each rank")
+    max_bad: float = free(0.05, "share of bad among 1,000 samples that ends a run [ours]", high=1)
+    max_skips: int = free(20, "steps in a row without finite gradients that end a run", low=1)
+    save_every: int = free(1000, "steps between checkpoints", low=1)
+    sample_every: int = free(2000, "steps between film strips", low=1)
 
     def __post_init__(self):
         for f in fields(self):
@@ -134,15 +151,13 @@ class Config:
 # parameters for one consumer GPU with SD 2.1's VAE and text tower, and toy, for two cores and 80
 # minutes, are ours.
 COLUMNS = ("paper", "paper-hd", "small", "toy")
-
-
-PRESETS = {
+TABLE = {
     "out":              ("runs/paper",    "runs/paper-hd",          "runs/small",    "runs/toy"),
     "init":             ("",              "runs/paper/video/model", "",              "shipped"),
     "unet":             ("init",          "init",                   "small",         "toy"),
     "height":           (256,             320,                      256,             32),
     "width":            (256,             512,                      256,             32),
-    # (1) ends in noise
+    # (1)
     "beta_schedule":    ("scaled_linear", "scaled_linear",          "scaled_linear", "linear"),
     "beta_start":       (0.00085,         0.00085,                  0.00085,         1e-4),
     "beta_end":         (0.012,           0.012,                    0.012,           0.03),
@@ -170,16 +185,17 @@ PRESETS = {
     "save_every":       (1000,            1000,                     1000,            500),
     "sample_every":     (2000,            2000,                     2000,            1000),
 }  # fmt: skip
-
-
 # (1) SD's schedule leaves sqrt(alpha_bar_T) = 0.068 of the signal: over a clip of small latents,
 #     enough to read from z_T where things will be, and to learn nothing from first frame and text.
 #     Here 40 % of the steps are noisier than that: so many teach what the words mean.
-# (2) At high noise, where places across frames are decided, epsilon's loss has hardly a gradient.
+# (2) At high noise, where the network decides where things are, epsilon's loss has hardly a
+#     gradient.
 # (3) As much signal is in z_t then, sqrt(alpha_bar) = 0.5, as after half of the steps in SD's.
 # (4) The last frame tells how a toy clip ends, so text is needed only where it is dropped.
 # (5) Under the paper's noise an 8x8 latent decodes at 24 dB: a picture as small as that says each
 #     thing but once, and a first frame could not be kept. These 10 steps leave 37 dB.
+PRESETS = {name: {key: row[k] for key, row in TABLE.items()} for k, name in enumerate(COLUMNS)}
+# A preset more says only what differs from another: PRESETS["mine"] = PRESETS["toy"] | {"lr": 1e-4}
 
 
 def make_config(preset: str = "toy", **given) -> Config:
@@ -187,16 +203,14 @@ def make_config(preset: str = "toy", **given) -> Config:
 
     Raises ValueError naming an unknown preset or field (with the nearest), or a wrong value.
     """
-    if preset not in COLUMNS:
-        raise ValueError(f"unknown preset {preset!r}{did_you_mean(preset, COLUMNS)}")
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}{did_you_mean(preset, PRESETS)}")
     kinds = {f.name: f.type for f in fields(Config)}
     for name in given:
         if name not in kinds:
             raise ValueError(f"unknown field {name!r}{did_you_mean(name, kinds)}")
-    column = COLUMNS.index(preset)
-    values = {name: row[column] for name, row in PRESETS.items()} | {"preset": preset}
-    values |= {name: convert(name, value, kinds[name]) for name, value in given.items()}
-    return Config(**values)
+    given = {name: convert(name, value, kinds[name]) for name, value in given.items()}
+    return Config(**{**PRESETS[preset], "preset": preset, **given})
 
 
 def convert(name: str, value, kind: type):
@@ -218,19 +232,17 @@ def did_you_mean(word: str, known) -> str:
 
 
 def choose_device(name: str) -> str:
-    """"auto" -> the best kind there is. Raises ValueError for one that is not there."""
+    """The kind of device; for "auto" the best there is. Raises ValueError for one not there."""
     mps = torch.backends.mps.is_available()
     there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if name == "auto":
-        return next(kind for kind, is_there in there.items() if is_there)
-    if not there.get(name):
-        usable = ", ".join(kind for kind, is_there in there.items() if is_there)
-        raise ValueError(f"device is {name!r}; this machine has {usable}")
-    return name
+    usable = [kind for kind, is_there in there.items() if is_there]
+    if name != "auto" and name not in usable:
+        raise ValueError(f"device is {name!r}; this machine has {', '.join(usable)}")
+    return usable[0] if name == "auto" else name
 
 
 def choose_dtype(name: str, kind: str) -> torch.dtype:
-    """"auto" -> bfloat16 where the hardware multiplies it: CUDA, CPUs with AVX-512 BF16 or AMX.
+    """For "auto" bfloat16 where the hardware multiplies it: CUDA, CPUs with AVX-512 BF16 or AMX.
 
     Raises ValueError for any name but auto, float32 and bfloat16.
     """
@@ -247,34 +259,28 @@ def autocast(kind: str, dtype: torch.dtype):
     return torch.autocast(kind, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-# How the networks are shaped: arguments of UNet, VAE and TextTower, in the words of the hub's
-# config files.
+# The shapes of networks that are trained here from nothing; "init" has Stable Diffusion 2.1's and
+# ModelScope's, the defaults.
 NETWORKS = {
-    "small": {
-        "unet": {
-            "block_out_channels": (128, 256, 384, 384),
-            "layers_per_block": 1,
-            "attention_head_dim": 64,
-            "cross_attention_dim": 1024,
-        },
-    },
+    "init": {},
+    "small": {"unet": UNetConfig(block_out_channels=(128, 256, 384, 384), layers_per_block=1)},
     "toy": {
-        "unet": {
-            "block_out_channels": (64, 128),
-            "layers_per_block": 1,
-            "attention_head_dim": 16,
-            "cross_attention_dim": 64,
-            "norm_num_groups": 8,
-            "attention_levels": (False, True),
-            "temporal_dropout": 0.0,
-        },
-        "vae": {"block_out_channels": (16, 32, 64), "layers_per_block": 1, "norm_num_groups": 8},
-        "text": {
-            "hidden_size": 64,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 24,  # of 77, most would be padding
-        },
+        "unet": UNetConfig(
+            block_out_channels=(64, 128),
+            layers_per_block=1,
+            attention_head_dim=16,
+            cross_attention_dim=64,
+            norm_num_groups=8,
+            attention_levels=(False, True),
+            temporal_dropout=0.0,
+        ),
+        "vae": VAEConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8),
+        "text": TextConfig(
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=24,  # of 77, most would be padding
+        ),
     },
 }

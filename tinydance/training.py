@@ -1,20 +1,21 @@
-"""Training: the diffusion loss under PixelDance's three instructions, and the loop that lowers it.
+"""Training: the diffusion loss under PixelDance's three instructions, and the steps that lower it.
 
-`DiffusionLoss.forward` is section 3.2 of the paper in one straight line. `fit` is the loop, on a
-laptop and under torchrun on many machines the same; what it trains is a `Stage`, and `stages.py`
-has those of the real pipeline.
+`DiffusionLoss.forward` is section 3.2 of the paper in one straight line. `training_steps` is the
+loop, on a laptop and under torchrun on many machines the same: a generator that yields after every
+step, as a sampler yields every z_t. Who iterates it decides what to log, save and draw, and when
+to stop (`run/fit.py`), so that none of that stands between you and the step.
 
-Read before: `unet.py`. Read after: `checkpoints.py`, `stages.py`, `train.py`.
-Not here: weights sharded over devices (the optimizer's state can be).
+Not here: which stages there are (`run/stages.py`); weights sharded over devices (the optimizer's
+state can be).
 """
 
-from __future__ import annotations
-
 import contextlib
+import copy
 import math
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -25,77 +26,79 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tinydance.conditioning import LAST_FRAMES, instructions_of, make_c_image, sketch
+from tinydance.conditioning import (
+    LAST_FRAMES,
+    ask,
+    make_conditions,
+    noise_level,
+    pick_instructions,
+    sketch,
+)
 from tinydance.config import Config, autocast, choose_device, choose_dtype
-from tinydance.model import PixelDance
+from tinydance.model import Batch, PixelDance, Sample  # noqa: F401
 from tinydance.noise import draw, generator
 from tinydance.schedulers import add_noise, target
-from tinydance.vae import draw_latents, to_pixels
-
-
-class Clip(NamedTuple):
-    frames: torch.Tensor  # uint8 (f, 3, H, W); from a cache, latents float16 (f, 8, h, w)
-    caption: str
-    name: str             # where it comes from
-    counts: Counter = Counter()  # of COUNTED: what happened on the way to it
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches
-
-class Batch(NamedTuple):
-    step: int
-    frames: torch.Tensor  # uint8 (b, f, 3, H, W); from a cache, latents float16 (b, f, 8, h, w)
-    captions: list[str]
-    numbers: list[int]    # the samples' numbers
-    names: list[str]      # where they come from
-    counts: Counter = Counter()  # of COUNTED, over the samples
 
 
 # ------------------------------------------------------------------------------------- the loss
 class DiffusionLoss(nn.Module):
-    """The mean square error of the UNet's answer for one batch of clips, or of images (f = 1)."""
+    """|| eps - eps_hat(z_t, t, c_text, c_image) ||^2 of one batch of clips, or of images (f = 1).
+
+    Every choice for a sample is a function of its number: the same in any batch, on any rank.
+    """
 
     def __init__(self, model: PixelDance, config: Config):
         super().__init__()
         self.unet = model.unet
-        self.model, self.config = model, config  # a dataclass: the frozen parts stay unregistered
-        self.alpha_bar = model.schedule.alpha_bar
-
-    def forward(self, pixels: Tensor, captions: list[str], numbers: list[int]) -> Tensor:
-        """pixels (b, f, 3, H, W), or moments (b, f, 8, h, w) from a cache of latents; numbers: the
-        samples', from which all their randomness comes."""
-        f, device, config = pixels.shape[1], pixels.device, self.config
-        c = self.model.vae.config["latent_channels"]
-        cached = pixels.shape[2] == 2 * c
-        h, w = pixels.shape[-2:] if cached else self.model.latent_size(*pixels.shape[-2:])
-        generators = [generator("train", config.seed, n) for n in numbers]
-        u = torch.stack([torch.rand(4, generator=g) for g in generators])  # b 4, uniform
-        t = (u[:, 0] * config.num_train_timesteps).long()
-        keep_last = u[:, 1] >= config.eta
-        keep_text = u[:, 2] >= config.text_drop
-        back = (u[:, 3] * LAST_FRAMES).long()
-
-        # The borrowed organs are frozen: "the weights of pre-trained text encoder and VAE model
+        # `model` is a dataclass, no nn.Module: VAE and text tower stay unregistered, and neither
+        # the optimizer nor DDP sees them. "The weights of pre-trained text encoder and VAE model
         # are frozen during training" [paper §4.1].
-        encode = draw_latents if cached else self.model.vae.encode_video
-        z_0 = encode(pixels, draw(generators, f, c, h, w, device=device))
-        texts = [caption if keep else "" for caption, keep in zip(captions, keep_text.tolist())]
-        c_text = self.model.encode_text(texts)
+        self.model, self.config = model, config
 
-        f_first, f_last = instructions_of(z_0, back.to(device))
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """A batch on the device -> named numbers, of which "loss" is lowered; all are logged."""
+        model, config = self.model, self.config
+        vae, schedule = model.vae, model.schedule
+        device, f = batch.frames.device, batch.frames.shape[1]
+        generators = [generator("train", config.seed, n) for n in batch.sample_ids]
+        # Four uniform numbers for each sample, by name: what a sample's choices are made from.
+        u = torch.stack([torch.rand(4, generator=g) for g in generators])  # b 4, in [0, 1)
+        u_time, u_last, u_text, u_from_end = u.unbind(dim=1)
+
+        # z_0 is drawn from the VAE's posterior, and not its mean, as in Stable Diffusion [SD].
+        z_0 = vae.encode_frames(
+            batch.frames, lambda *shape: draw(generators, *shape, device=device)
+        )
+        c, h, w = z_0.shape[2:]
+
+        # c_text: some captions are dropped, so that guidance has an unconditional branch.
+        keep_text = (u_text >= config.text_drop).tolist()
+        captions = [text if keep else "" for text, keep in zip(batch.captions, keep_text)]
+        c_text = model.encode_text(captions)
+
+        # c_image. Three techniques keep the network from copying the last frame [paper §3.2]:
+        # 1. it is one of the clip's last three frames, wherever it is put;
+        frames_from_end = (u_from_end * LAST_FRAMES).long().to(device)
+        f_first, f_last = pick_instructions(z_0, frames_from_end)
         if config.sketch and f > 1:  # "finetune PixelDance with image sketch" [§4.5]
-            _, I_last = instructions_of(pixels, back.to(device))
-            f_last = self.model.vae.encode_video(sketch(I_last)[:, None])[:, 0]
-        eps_c = draw(generators, 2, c, h, w, device=device)  # "different noises" [paper Fig. 3]
-        alpha_bar_c = float(self.alpha_bar[config.cond_noise_t]) if config.cond_noise_t else 1.0
-        c_image = make_c_image(f_first, f_last, f, eps_c, alpha_bar_c, keep_last.to(device))
+            _, I_last = pick_instructions(vae.decode_frames(batch.frames), frames_from_end)
+            f_last = vae.encode_video(sketch(I_last)[:, None])[:, 0]
+        # 2. it is noised, by a noise of its own: "different noises" [Fig. 3];
+        eps_c = draw(generators, 2, c, h, w, device=device)
+        alpha_bar_c = noise_level(schedule, config.cond_noise_t)
+        # 3. with probability eta it is dropped.
+        keep_last = (u_last >= config.eta).to(device)
+        instructions = {"first": f_first, "last": f_last} | batch.conditions
+        conditions = make_conditions(instructions, f, eps_c, alpha_bar_c, keep_last)
 
+        # The objective [DDPM algorithm 1]: any t, reached in one jump.
+        t = (u_time * schedule.num_train_timesteps).long()
+        alpha_bar_t = schedule.alpha_bar[t].to(device)
         eps = draw(generators, f, c, h, w, device=device)
-        alpha_bar_t = self.alpha_bar[t].to(device)
         z_t = add_noise(z_0, eps, alpha_bar_t)
-        out = self.unet(torch.cat([z_t, c_image], dim=2), t.to(device), c_text)
-        return F.mse_loss(out.float(), target(z_0, eps, alpha_bar_t, config.prediction_type))
+        out = ask(self.unet, z_t, t.to(device), c_text, conditions)
+        wanted = target(z_0, eps, alpha_bar_t, schedule.prediction_type)
+        return {"loss": F.mse_loss(out.float(), wanted)}
 
 
 # ------------------------------------------------------------------------------------ the machine
@@ -103,17 +106,16 @@ class Machine:
     """Which device this process computes on, how exactly, and as which of how many processes."""
 
     def __init__(self, config: Config):
-        self.rank = int(os.environ.get("RANK", 0))
+        self.rank = int(os.environ.get("RANK", 0))  # torchrun sets these three
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         kind = choose_device(config.device)
-        if kind == "cuda":
-            torch.cuda.set_device(local_rank)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
         self.dtype = choose_dtype(config.dtype, kind)
         self.compile = config.compile == "on" or (config.compile == "auto" and kind == "cuda")
-        self.compile = self.compile and compiler_works(self.device)
+        if kind == "cuda":
+            torch.cuda.set_device(local_rank)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if self.world_size > 1 and not dist.is_initialized():
             longest = timedelta(minutes=config.timeout)
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=longest)
@@ -121,39 +123,23 @@ class Machine:
     def autocast(self):
         return autocast(self.device.type, self.dtype)
 
-    # --- scale: the same step, compiled, on many devices
-    def optimizer(self, objective: nn.Module, lr: float, config: Config) -> torch.optim.Optimizer:
-        """AdamW; with --zero, its two moments of a weight live on one rank only [ZeRO, stage 1]."""
-        trained = [p for p in objective.parameters() if p.requires_grad]
-        settings = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
-        if config.zero and self.world_size > 1:
-            from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
-
-            return ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **settings)
-        return torch.optim.AdamW(trained, **settings)
-
-    def gather(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring sharded moments to rank 0, which saves."""
-        if hasattr(optimizer, "consolidate_state_dict"):
-            optimizer.consolidate_state_dict(to=0)
-
     def distribute(self, objective: nn.Module, trained: nn.Module) -> nn.Module:
-        """Compile the trained part, and average gradients over the ranks after each backward."""
+        """Compile the trained part; average gradients over the ranks after each backward pass."""
         if self.compile:
             # In place: names keep no prefix, and the averaged copy stays uncompiled. Not dynamic:
             # one graph for clips, one for images.
             trained.compile(dynamic=False)
         if self.world_size == 1:
             return objective
-        # An image step does not reach the temporal layers: without the search for unused
-        # parameters the ranks would part in silence; with it those gradients stay None. On the
-        # first clip step torch warns once that it found none: harmless.
+        # An image step does not reach the temporal layers. Without the search for unused
+        # parameters the ranks would silently drift apart; with it those gradients stay None. On
+        # the first clip step torch warns once that it found none unused: harmless.
         return DistributedDataParallel(
             objective, find_unused_parameters=True, gradient_as_bucket_view=True
         )
 
     def mean(self, *values: float) -> list[float]:
-        """The mean over all ranks of each value."""
+        """The mean of each value over all ranks."""
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -169,40 +155,25 @@ class Machine:
             dist.destroy_process_group()
 
 
-def compiler_works(device: torch.device) -> bool:
-    """Try torch.compile on a sum; where it cannot, one line says so."""
-    try:
-        torch.compile(lambda x: x + x)(torch.ones(2, device=device))
-    except Exception as error:  # whatever a missing or broken compiler raises
-        reason = str(error).strip().splitlines()[0]
-        print(f"note: torch.compile does not work here ({reason}): going on without", flush=True)
-        return False
-    return True
+def make_optimizer(objective: nn.Module, lr: float, config: Config, machine: Machine):
+    """AdamW; with --zero, its two moments of a weight live on one rank only [ZeRO, stage 1]."""
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    settings = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.zero and machine.world_size > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
+
+        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(parameters, **settings)
 
 
 # ----------------------------------------------------------------------------------------- the loop
-def learning_rate(step: int, steps: int, peak: float, config: Config) -> float:
-    """A function of the step: nothing to save."""
-    rate = peak * min(1.0, (step + 1) / (config.warmup + 1))
-    if config.decay:
-        rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
-    return rate
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, module: nn.Module, step: int, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * weights, in float32; the first steps weigh more."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)
-
-
 @dataclass
 class Stage:
     """What one stage trains, on what, and what it leaves."""
 
     name: str
-    objective: nn.Module  # (pixels, captions, numbers) -> loss
-    trained: nn.Module  # the part of it that is kept
+    objective: nn.Module  # Batch -> {"loss": ..., and other numbers to log}
+    trained: nn.Module  # the part of the objective that is kept
     steps: int
     lr: float
     stream: Callable[[int, int], Iterable[Batch]]  # (first, last) -> this rank's batches of these
@@ -211,25 +182,88 @@ class Stage:
     divisible: bool = True  # is the loss of a batch the mean of its samples' losses?
 
 
-def backward(step_loss: nn.Module, batch: Batch, micro: int, machine: Machine) -> float:
-    """Leave the gradients of this rank's mean loss, `micro` samples at a time; -> that loss.
+class Step(NamedTuple):
+    """What one step did."""
 
-    Gradients add up, so that many small passes equal a large one; only the last speaks to the
-    other ranks.
+    done: int  # steps taken, this one included
+    numbers: dict[str, float]  # what the objective told, of this rank's share
+    grad_norm: float  # the same on all ranks; where not finite, the weights stayed as they were
+    lr: float
+    batch: Batch
+    waited: float  # seconds until the batch was there
+
+
+class Trainee:
+    """What training changes, and a checkpoint holds: weights, their averages, Adam's moments."""
+
+    def __init__(self, stage: Stage, config: Config, machine: Machine):
+        self.objective = stage.objective.to(machine.device).train()
+        self.ema = copy.deepcopy(stage.trained).eval().requires_grad_(False)
+        self.optimizer = make_optimizer(stage.objective, stage.lr, config, machine)
+
+    def gather(self) -> None:
+        """Bring sharded moments to rank 0, which saves. All ranks call it, before `state`."""
+        if hasattr(self.optimizer, "consolidate_state_dict"):
+            self.optimizer.consolidate_state_dict(to=0)
+
+    def state(self) -> dict:
+        return {name: part.state_dict() for name, part in vars(self).items()}
+
+    def load(self, state: dict) -> None:
+        for name, part in vars(self).items():
+            part.load_state_dict(state[name])
+
+
+def training_steps(
+    stage: Stage, config: Config, machine: Machine, trainee: Trainee, start: int = 0
+) -> Iterator[Step]:
+    """Take the steps from `start` to the stage's end; yield after each.
+
+    A run that stopped and goes on equals a straight one: every random number is a function of
+    (seed, step, sample), so a step needs no more than what `trainee` holds.
     """
-    count, total = len(batch.captions), 0.0
-    for i in range(0, count, micro):
-        part, more = slice(i, i + micro), i + micro < count
-        pixels = batch.frames[part].to(machine.device, non_blocking=True)
-        pixels = to_pixels(pixels) if pixels.dtype == torch.uint8 else pixels.float()  # or moments
-        alone = step_loss.no_sync() if more and machine.world_size > 1 else contextlib.nullcontext()
-        with alone:
+    objective, ema, optimizer = trainee.objective, trainee.ema, trainee.optimizer
+    step_loss = machine.distribute(objective, stage.trained)
+    begun = time.perf_counter()
+    for batch in stage.stream(start, stage.steps):
+        waited = time.perf_counter() - begun
+        # Dropout alone draws from torch's own generator: seeded at each step, it needs no saving.
+        dropout = generator("dropout", config.seed, batch.step, machine.rank)
+        torch.manual_seed(dropout.initial_seed())
+        lr = learning_rate(batch.step, stage.steps, stage.lr, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # -------------------------------------------------------------------- the step
+        optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW leaves what has no gradient
+        size = micro_batch(stage, batch, config, machine)
+        numbers = backward(step_loss, batch, size, machine)
+        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad)
+        if torch.isfinite(grad_norm):  # the same on all ranks, because their gradients are
+            optimizer.step()
+            update_ema(ema, stage.trained, batch.step, config.ema)
+        # ------------------------------------------------------------------------------
+        yield Step(batch.step + 1, numbers, float(grad_norm), lr, batch, waited)
+        begun = time.perf_counter()
+
+
+def backward(step_loss: nn.Module, batch: Batch, size: int, machine: Machine) -> dict[str, float]:
+    """Leave the gradients of this rank's mean loss, `size` samples at a time; -> its numbers.
+
+    A part counts by its share of the batch, so that gradients add up to those of one pass.
+    """
+    count, totals = len(batch.captions), Counter()
+    for i in range(0, count, size):
+        part = batch.part(slice(i, i + size), machine.device)
+        share, is_last = len(part.captions) / count, i + size >= count
+        # Gradients are exchanged once per step, in the backward pass of the last part.
+        alone = machine.world_size > 1 and not is_last
+        with step_loss.no_sync() if alone else contextlib.nullcontext():
             with machine.autocast():
-                loss = step_loss(pixels, batch.captions[part], batch.numbers[part])
-            share = loss * (len(pixels) / count)
-            share.backward()
-        total += share.item()
-    return total
+                numbers = step_loss(part)
+            (numbers["loss"] * share).backward()
+        for name, number in numbers.items():
+            totals[name] += (number.detach() * share).item()
+    return dict(totals)
 
 
 def micro_batch(stage: Stage, batch: Batch, config: Config, machine: Machine) -> int:
@@ -238,3 +272,22 @@ def micro_batch(stage: Stage, batch: Batch, config: Config, machine: Machine) ->
     if config.micro_batch == 0 or not stage.divisible:
         return count
     return max(1, count * config.micro_batch * machine.world_size // config.batch)
+
+
+def learning_rate(step: int, steps: int, peak: float, config: Config) -> float:
+    """Linear warmup, then constant or half a cosine. A function of the step: nothing to save."""
+    rate = peak * min(1.0, (step + 1) / (config.warmup + 1))
+    if config.decay:
+        rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rate
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, module: nn.Module, step: int, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * weights, in float32.
+
+    A decay of 0.9999 remembers some 10,000 steps, longer than a toy run. So the decay grows from
+    0.1 on, and the random first weights are forgotten. [TensorFlow's ExponentialMovingAverage]
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)

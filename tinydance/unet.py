@@ -1,40 +1,72 @@
-"""The pseudo-3D UNet: Stable Diffusion's 2-D UNet with a temporal layer behind every spatial one.
+"""The pseudo-3D UNet: a 2-D UNet with a temporal layer behind every spatial one.
 
 "1D convolution layer along temporal dimension after 2D convolution layer, and 1D attention layer
 along temporal dimension following 2D attention layer ... disabled for image input" [paper §3.1].
-The arrangement is ModelScope's [ModelScope], the only public one that fits the paper's sentence
-and size (1,411,245,380 parameters with 8 input channels); every parameter has the name that it
-has in diffusers' `UNet3DConditionModel`, so SD 2.1's weights (686 spatial tensors) and ModelScope's
-(1,480, all) load with no key map.
+The paper does not say more. The arrangement is ModelScope's, the only public one that fits this
+sentence and the size (1,411,245,380 parameters with 8 input channels) [ours: paper silent].
 
-Read before: `sampling.py`, which calls it. Read after: `training.py`.
-Not here: frame rate embeddings, causal masks, SD 1.x's convolutional projections.
+    conv_in, transformer_in                        shapes of SD 2.1 at 256x256, c x h x w
+    down   resnet, temp_conv, attention, temp_attention   x2   320x32x32, 640x16x16, 1280x8x8
+           resnet, temp_conv                              x2   1280x4x4
+    mid    resnet, temp_conv, attention, temp_attention, resnet, temp_conv    1280x4x4
+    up     the down path mirrored, x3 a level; each layer takes one skip
+    conv_norm_out, conv_out
+
+Module names are checkpoint names: SD 2.1's 686 spatial tensors and ModelScope's 1,480 load with no
+key map. That is why some names look odd (`to_out.0`, `net.2`).
+
+Not here: file formats (`weights/diffusers.py`); what other papers add to this network.
 """
 
 import math
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinydance.weights.diffusers import from_diffusers_config, to_diffusers_config
-from tinydance.weights.files import read_config, write_config
+from tinydance.weights import diffusers, load_into, load_weights, read_config, save_weights
+from tinydance.weights.diffusers import is_temporal
 from tinydance.weights.ldm import unet_from_ldm
-from tinydance.weights.load import load_into, load_weights
-from tinydance.weights.safetensors import save_safetensors
 
 MAX_ATTENTION_BATCH = 65_535  # CUDA's fused attention kernels launch one block row per batch entry
 
 
-# ------------------------------------------------------------------------------- attention
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over (n, heads, l, d).
+@dataclass(frozen=True)
+class UNetConfig:
+    """In the words of diffusers' `UNet3DConditionModel`; the defaults are ModelScope's, with 8."""
 
-    On a CPU the three products are written out: torch's fused kernel spends most of a bfloat16
-    training step in its backward pass there. [ours: measured, see README]
+    in_channels: int = 8  # [z_t, c_image] [paper Eq. 1]
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    attention_head_dim: int = 64
+    cross_attention_dim: int = 1024
+    norm_num_groups: int = 32
+    attention_levels: tuple[bool, ...] = (True, True, True, False)  # the smallest map has none [SD]
+    temporal_dropout: float = 0.1  # [ModelScope]
+
+    def __post_init__(self):
+        for width in self.block_out_channels:
+            if width % self.attention_head_dim or width % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels: {width} must be a multiple of attention_head_dim "
+                    f"({self.attention_head_dim}) and of norm_num_groups ({self.norm_num_groups})"
+                )
+        if len(self.attention_levels) != len(self.block_out_channels):
+            raise ValueError("attention_levels and block_out_channels differ in length")
+
+
+# ------------------------------------------------------------------------------------ attention
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, over (n, heads, l, d).
+
+    On a CPU the three products are written out: there, the backward pass of torch's fused kernel
+    takes more than half of a bfloat16 training step [ours: measured].
     """
     if q.device.type == "cpu":
+        # scaling q equals scaling the scores, and is the smaller tensor wherever l > d
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
     if len(q) > MAX_ATTENTION_BATCH:  # temporal attention has a batch of b * h * w
         parts = zip(*(x.split(MAX_ATTENTION_BATCH) for x in (q, k, v)))
@@ -51,18 +83,23 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_k = nn.Linear(context_dim or dim, inner, bias=False)
         self.to_v = nn.Linear(context_dim or dim, inner, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])  # a list, for the name `to_out.0`
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # n l (heads d) -> n heads l d
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = (
-            proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # n l (heads d) -> n heads l d
-            for proj, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        )
-        return self.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))
+        q = self.split_heads(self.to_q(x))
+        k = self.split_heads(self.to_k(context))
+        v = self.split_heads(self.to_v(context))
+        y = attention(q, k, v).transpose(1, 2).flatten(2)  # n heads l d -> n l (heads d)
+        return self.to_out[0](y)
 
 
 class GEGLU(nn.Module):
+    """One linear layer gives both a value and its gate: value * gelu(gate) [Shazeer 2020]."""
+
     def __init__(self, dim: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
@@ -75,6 +112,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
+        # Identity stands where the checkpoints have a dropout, so that the last is named `net.2`.
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +120,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, then attention to the text (or, in time, to itself again), then a GEGLU."""
+    """Self-attention, cross-attention, feed-forward; each behind a norm and added to its input.
+
+    A temporal block has no context: there `attn2` is a second self-attention [ModelScope].
+    """
 
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int | None = None):
         super().__init__()
@@ -96,8 +137,8 @@ class TransformerBlock(nn.Module):
         if context is None:
             x = x + self.attn2(self.norm2(x))
         else:
-            # To the text, the frames of a clip are one long row of queries: its keys and values
-            # are computed once per clip and nothing is repeated.
+            # x has a row per frame and context a row per clip. To the text, the frames of a clip
+            # are one long row of queries: keys and values are computed once per clip, not f times.
             y = self.norm2(x).reshape(len(context), -1, x.shape[-1])  # (b f) hw d -> b (f hw) d
             x = x + self.attn2(y, context).reshape(x.shape)
         return x + self.ff(self.norm3(x))
@@ -105,7 +146,7 @@ class TransformerBlock(nn.Module):
 
 # ----------------------------------------------------------------------- the spatial layers [SD]
 class ResBlock(nn.Module):
-    """ResnetBlock2D: two convolutions, the diffusion time added between them."""
+    """ResnetBlock2D: two convolutions; between them the diffusion time is added to every pixel."""
 
     def __init__(self, c_in: int, c_out: int, temb_dim: int, groups: int):
         super().__init__()
@@ -118,9 +159,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]  # n c -> n c 1 1
         h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return shortcut + h
 
 
 class SpatialTransformer(nn.Module):
@@ -128,7 +170,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, dim: int, head_dim: int, context_dim: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)  # 1e-6 here, 1e-5 in the resnets [SD]
         self.proj_in = nn.Linear(dim, dim)
         block = TransformerBlock(dim, dim // head_dim, head_dim, context_dim)
         self.transformer_blocks = nn.ModuleList([block])
@@ -142,6 +184,8 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
+    """n c h w -> n c h/2 w/2."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
@@ -151,6 +195,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """n c h w -> n c 2h 2w."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
@@ -163,7 +209,7 @@ class Upsample(nn.Module):
 def to_time_rows(x: Tensor, f: int) -> Tensor:
     """(b f) c h w -> b c f (h w): a picture whose rows are the frames.
 
-    A view and no copy where x is channels_last: both are the bytes of b f h w c.
+    With x in channels_last memory this is a view, no copy: both are the bytes of b f h w c.
     """
     n, c, h, w = x.shape
     return x.permute(0, 2, 3, 1).reshape(n // f, f, h * w, c).permute(0, 3, 1, 2)
@@ -176,24 +222,27 @@ def from_time_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 class TimeConv(nn.Module):
-    """A Conv3d of kernel (3, 1, 1) by its name and shape, computed as a 2-D one of kernel (3, 1).
+    """A convolution over three neighbouring frames: nn.Conv3d(dim, dim, (3, 1, 1)) by its weights.
 
-    The 2-D form needs no transposed copy and runs several times faster on a CPU. [ours: measured]
+    Over time rows it is a 2-D convolution of kernel (3, 1), which needs no transposed copy and is
+    several times faster on a CPU [ours: measured].
     """
 
     def __init__(self, dim: int):
         super().__init__()
-        like = nn.Conv3d(dim, dim, (3, 1, 1))
-        self.weight, self.bias = like.weight, like.bias
+        conv = nn.Conv3d(dim, dim, (3, 1, 1))  # for its initialisation, and the checkpoint's shapes
+        self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, rows: Tensor) -> Tensor:
         return F.conv2d(rows, self.weight.squeeze(-1), self.bias, padding=(1, 0))
 
 
 class TemporalConv(nn.Module):
-    """TemporalConvLayer: four convolutions along time; the last starts at zero, so x passes.
+    """TemporalConvLayer: four convolutions along time, added to x; the last one starts at zero.
 
-    The zero padding at both ends of a clip is the network's only sense of which frame is which.
+    There is no positional encoding of time: the zero padding at both ends of a clip is the only
+    sense that the network has of which frame is which. The norms take their statistics over all
+    frames of a clip together.
     """
 
     def __init__(self, dim: int, groups: int, dropout: float):
@@ -203,6 +252,7 @@ class TemporalConv(nn.Module):
             return nn.Sequential(nn.GroupNorm(groups, dim), nn.SiLU(), *before_conv, TimeConv(dim))
 
         self.conv1 = layer()
+        # The dropouts are why the convolution is `conv1.2`, but `conv2.3` to `conv4.3`.
         self.conv2, self.conv3, self.conv4 = (layer(nn.Dropout(dropout)) for _ in range(3))
 
     def forward(self, x: Tensor, f: int) -> Tensor:
@@ -228,89 +278,101 @@ class TemporalTransformer(nn.Module):
     def forward(self, x: Tensor, f: int) -> Tensor:
         rows = to_time_rows(x, f)
         h = self.norm(rows).permute(0, 3, 2, 1)  # b c f hw -> b hw f c
-        tokens = self.proj_in(h.flatten(0, 1))  # (b hw) f c
+        tokens = self.proj_in(h.flatten(0, 1))  # (b hw) f c: one row of f tokens for each place
         tokens = self.proj_out(self.transformer_blocks[0](tokens))
         return from_time_rows(rows + tokens.reshape(h.shape).permute(0, 3, 2, 1), x)
 
 
 # ------------------------------------------------------------------------------------ the blocks
-class Block(nn.Module):
-    """One level of the UNet: resnet -> temp_conv (-> attention -> temp_attention), some times over.
+class Layers(nn.Module):
+    """What the levels of the UNet share: resnet, temp_conv and, on most levels, two transformers.
 
-    The lists carry the names of the checkpoints; `attentions` is absent where the level has none.
+    Four lists beside each other, as the checkpoints have them; layer j is the j-th of each.
+    channels: (in, out) of each layer. attend: how many layers have transformers.
     """
 
-    def __init__(self, widths: list[tuple[int, int]], temb_dim: int, spec: dict, attend: bool):
+    def __init__(self, channels: list[tuple[int, int]], config: UNetConfig, attend: int):
         super().__init__()
-        groups, head_dim = spec["norm_num_groups"], spec["attention_head_dim"]
-        self.resnets = nn.ModuleList(ResBlock(i, o, temb_dim, groups) for i, o in widths)
-        self.temp_convs = nn.ModuleList(
-            TemporalConv(o, groups, spec["temporal_dropout"]) for _, o in widths
+        groups, head_dim = config.norm_num_groups, config.attention_head_dim
+        temb_dim, text_dim = 4 * config.block_out_channels[0], config.cross_attention_dim
+        widths = [c_out for _, c_out in channels]
+        self.gradient_checkpointing = False
+        self.resnets = nn.ModuleList(
+            ResBlock(c_in, c_out, temb_dim, groups) for c_in, c_out in channels
         )
-        if attend:
-            self.attentions = nn.ModuleList(
-                SpatialTransformer(o, head_dim, spec["cross_attention_dim"], groups)
-                for _, o in widths
-            )
-            self.temp_attentions = nn.ModuleList(
-                TemporalTransformer(o, o // head_dim, head_dim, groups) for _, o in widths
-            )
-        self.attend = attend
+        self.temp_convs = nn.ModuleList(
+            TemporalConv(c, groups, config.temporal_dropout) for c in widths
+        )
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(c, head_dim, text_dim, groups) for c in widths[:attend]
+        )
+        self.temp_attentions = nn.ModuleList(
+            TemporalTransformer(c, c // head_dim, head_dim, groups) for c in widths[:attend]
+        )
 
     def layer(self, j: int, x: Tensor, temb: Tensor, c_text: Tensor, f: int) -> Tensor:
-        """x: (b f) c h w; f = 1 skips everything temporal."""
+        """x (b f) c_in h w, temb (b f) d, c_text b l d -> (b f) c_out h w."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.run_layer, j, x, temb, c_text, f, use_reentrant=False)
+        return self.run_layer(j, x, temb, c_text, f)
+
+    def run_layer(self, j: int, x: Tensor, temb: Tensor, c_text: Tensor, f: int) -> Tensor:
         x = self.resnets[j](x, temb)
-        if f > 1:
+        if f > 1:  # an image passes no temporal layer: "disabled for image input" [paper §3.1]
             x = self.temp_convs[j](x, f)
-        if self.attend:
+        if j < len(self.attentions):
             x = self.attentions[j](x, c_text)
             if f > 1:
                 x = self.temp_attentions[j](x, f)
         return x
 
 
-class DownBlock(Block):
-    def __init__(self, c_in, c_out, layers, temb_dim, spec, attend, last):
-        widths = [(c_in if j == 0 else c_out, c_out) for j in range(layers)]
-        super().__init__(widths, temb_dim, spec, attend)
-        if not last:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+class DownBlock(Layers):
+    """Some layers, then half the height and width; leaves a skip after each."""
+
+    def __init__(
+        self, channels: list[tuple[int, int]], config: UNetConfig, attend: int, last: bool
+    ):
+        super().__init__(channels, config, attend)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(channels[-1][1])])
+
+    def forward(self, x: Tensor, skips: list[Tensor], *context) -> Tensor:
+        """context: temb, c_text and f, as in `layer`."""
+        for j in range(len(self.resnets)):
+            x = self.layer(j, x, *context)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x
 
 
-class UpBlock(Block):
-    def __init__(self, c_in, c_out, skips, temb_dim, spec, attend, last):
-        widths = [(c_in if j == 0 else c_out, c_out) for j in range(len(skips))]
-        super().__init__([(i + s, o) for (i, o), s in zip(widths, skips)], temb_dim, spec, attend)
-        if not last:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+class UpBlock(Layers):
+    """Some layers, each of which takes the newest skip beside its input; then twice the size."""
+
+    def __init__(
+        self, channels: list[tuple[int, int]], config: UNetConfig, attend: int, last: bool
+    ):
+        super().__init__(channels, config, attend)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(channels[-1][1])])
+
+    def forward(self, x: Tensor, skips: list[Tensor], *context) -> Tensor:
+        for j in range(len(self.resnets)):
+            x = torch.cat([x, skips.pop()], dim=1)  # the skip's channels behind those of x
+            x = self.layer(j, x, *context)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
 
 
-class MidBlock(nn.Module):
-    """resnet -> temp_conv -> attention -> temp_attention -> resnet -> temp_conv."""
+class MidBlock(Layers):
+    """Two layers at the smallest size, of which the first has transformers."""
 
-    def __init__(self, dim: int, temb_dim: int, spec: dict):
-        super().__init__()
-        groups, head_dim = spec["norm_num_groups"], spec["attention_head_dim"]
-        self.resnets = nn.ModuleList(ResBlock(dim, dim, temb_dim, groups) for _ in range(2))
-        self.temp_convs = nn.ModuleList(
-            TemporalConv(dim, groups, spec["temporal_dropout"]) for _ in range(2)
-        )
-        self.attentions = nn.ModuleList(
-            [SpatialTransformer(dim, head_dim, spec["cross_attention_dim"], groups)]
-        )
-        self.temp_attentions = nn.ModuleList(
-            [TemporalTransformer(dim, dim // head_dim, head_dim, groups)]
-        )
+    def __init__(self, dim: int, config: UNetConfig):
+        super().__init__([(dim, dim), (dim, dim)], config, attend=1)
 
-    def forward(self, x: Tensor, temb: Tensor, c_text: Tensor, f: int) -> Tensor:
-        x = self.resnets[0](x, temb)
-        if f > 1:
-            x = self.temp_convs[0](x, f)
-        x = self.attentions[0](x, c_text)
-        if f > 1:
-            x = self.temp_attentions[0](x, f)
-        x = self.resnets[1](x, temb)
-        return self.temp_convs[1](x, f) if f > 1 else x
+    def forward(self, x: Tensor, *context) -> Tensor:
+        return self.layer(1, self.layer(0, x, *context), *context)
 
 
 # ------------------------------------------------------------------------------------ the network
@@ -332,92 +394,57 @@ class TimeEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_hat(z_t, t, c_text), where z_t comes with c_image behind it on the channel axis.
+    """eps_hat(z_t, t, c_text), where z_t comes with c_image behind it on the channel axis."""
 
-    Arguments are the keys of diffusers' `UNet3DConditionModel` config; the defaults are
-    ModelScope's, with the paper's 8 input channels. `temporal_dropout` is ours to switch.
-    """
-
-    def __init__(
-        self,
-        in_channels: int = 8,
-        out_channels: int = 4,
-        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
-        layers_per_block: int = 2,
-        attention_head_dim: int = 64,
-        cross_attention_dim: int = 1024,
-        norm_num_groups: int = 32,
-        attention_levels: tuple[bool, ...] | None = None,
-        temporal_dropout: float = 0.1,
-    ):
+    def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
-        widths, layers = list(block_out_channels), layers_per_block
-        attend = list(attention_levels or [True] * (len(widths) - 1) + [False])
-        self.config = spec = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "block_out_channels": widths,
-            "layers_per_block": layers,
-            "attention_head_dim": attention_head_dim,
-            "cross_attention_dim": cross_attention_dim,
-            "norm_num_groups": norm_num_groups,
-            "attention_levels": attend,
-            "temporal_dropout": temporal_dropout,
-        }
-        for width in widths:
-            if width % attention_head_dim or width % norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels: {width} must be a multiple of attention_head_dim "
-                    f"({attention_head_dim}) and of norm_num_groups ({norm_num_groups})"
-                )
-        temb_dim, last = 4 * widths[0], len(widths) - 1
-        self.gradient_checkpointing = False
+        self.config = config
+        widths, attend = config.block_out_channels, config.attention_levels
+        first, last, layers = widths[0], len(widths) - 1, config.layers_per_block
 
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0])
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.time_embedding = TimeEmbedding(first)
+        # 8 heads whatever the width [ModelScope]; everywhere else the number follows the width.
         self.transformer_in = TemporalTransformer(
-            widths[0], 8, attention_head_dim, norm_num_groups
+            first, 8, config.attention_head_dim, config.norm_num_groups
         )
+        # The down path leaves a skip after conv_in, every layer and every downsampler. Of SD's
+        # widths: 320 320 320 320, 640 640 640, 1280 1280 1280, 1280 1280. The up path takes them
+        # from the end, layers + 1 on each level: hence its one layer more.
+        skips, c_in = [first], first
         self.down_blocks = nn.ModuleList()
-        skips = [widths[0]]  # the widths of what the down path leaves for the up path
         for i, width in enumerate(widths):
-            c_in = widths[max(i - 1, 0)]
-            self.down_blocks.append(
-                DownBlock(c_in, width, layers, temb_dim, spec, attend[i], last=i == last)
-            )
-            skips += [width] * layers + ([width] if i < last else [])
-        self.mid_block = MidBlock(widths[-1], temb_dim, spec)
-        self.up_blocks = nn.ModuleList()
-        c_in = widths[-1]
-        for i, width in reversed(list(enumerate(widths))):
-            taken = [skips.pop() for _ in range(layers + 1)]
-            self.up_blocks.append(
-                UpBlock(c_in, width, taken, temb_dim, spec, attend[i], last=i == 0)
-            )
+            channels = [(c_in, width)] + [(width, width)] * (layers - 1)
+            self.down_blocks.append(DownBlock(channels, config, layers * attend[i], i == last))
+            skips += [width] * (layers + (i < last))
             c_in = width
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
-        self.zero_what_is_new()
+        self.mid_block = MidBlock(widths[-1], config)
+        self.up_blocks = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            channels = []
+            for _ in range(layers + 1):
+                channels.append((c_in + skips.pop(), width))
+                c_in = width
+            self.up_blocks.append(UpBlock(channels, config, (layers + 1) * attend[i], i == 0))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, eps=1e-5)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+        self.zero_init_new_layers()
 
-    def zero_what_is_new(self) -> None:
+    @torch.no_grad()
+    def zero_init_new_layers(self) -> None:
         """Make the network its 2-D self on every frame: what the paper adds starts at zero.
 
-        Temporal layers pass their input; the condition's input channels are not yet seen.
+        So loaded from an image model it is that image model, until training moves it.
         [ModelScope's original code; SD inpainting for the channels]
         """
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, TemporalConv):
-                    nn.init.zeros_(module.conv4[-1].weight)
-                    nn.init.zeros_(module.conv4[-1].bias)
-                elif isinstance(module, TemporalTransformer):
-                    nn.init.zeros_(module.proj_out.weight)
-                    nn.init.zeros_(module.proj_out.bias)
-            self.conv_in.weight[:, self.config["out_channels"] :].zero_()
-
-    def temporal_parameters(self) -> list[nn.Parameter]:
-        """What an image batch does not reach: their gradients stay None on an image step."""
-        return [p for name, p in self.named_parameters() if is_temporal(name)]
+        for module in self.modules():
+            if isinstance(module, TemporalConv):
+                nn.init.zeros_(module.conv4[-1].weight)
+                nn.init.zeros_(module.conv4[-1].bias)
+            elif isinstance(module, TemporalTransformer):
+                nn.init.zeros_(module.proj_out.weight)
+                nn.init.zeros_(module.proj_out.bias)
+        self.conv_in.weight[:, self.config.out_channels :].zero_()  # the channels of c_image
 
     def forward(self, z: Tensor, t: Tensor, c_text: Tensor) -> Tensor:
         """z (b, f, 8, h, w), t (b,) in 0..T-1, c_text (b, l, d) -> (b, f, 4, h, w)."""
@@ -426,66 +453,47 @@ class UNet(nn.Module):
         if h % stride or w % stride:
             raise ValueError(f"latents of {h}x{w} do not divide by {stride}, the UNet's stride")
         temb = self.time_embedding(timestep_embedding(t, self.conv_in.out_channels).to(z.dtype))
-        temb = temb.repeat_interleave(f, dim=0)  # b d -> (b f) d
+        temb = temb.repeat_interleave(f, dim=0)  # b 4c -> (b f) 4c: the frames share their t
 
-        x = self.conv_in(z.flatten(0, 1))  # b f c h w -> (b f) c h w
+        x = self.conv_in(z.flatten(0, 1))  # b f 8 h w -> (b f) c h w; for SD 2.1 320x32x32
         if f > 1:
             x = self.transformer_in(x, f)
         skips = [x]
-        for block in self.down_blocks:
-            for j in range(len(block.resnets)):
-                x = self.run(block, j, x, temb, c_text, f)
-                skips.append(x)
-            if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)
-                skips.append(x)
-        x = self.mid_block(x, temb, c_text, f)
-        for block in self.up_blocks:
-            for j in range(len(block.resnets)):
-                x = self.run(block, j, torch.cat([x, skips.pop()], dim=1), temb, c_text, f)
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return x.unflatten(0, (b, f))
+        context = temb, c_text, f
+        for block in self.down_blocks:  # 320x16x16, 640x8x8, 1280x4x4, 1280x4x4
+            x = block(x, skips, *context)
+        x = self.mid_block(x, *context)
+        for block in self.up_blocks:  # 1280x8x8, 1280x16x16, 640x32x32, 320x32x32
+            x = block(x, skips, *context)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))  # (b f) c h w -> (b f) 4 h w
+        return x.unflatten(0, (b, f))  # b f 4 h w
 
-    def run(self, block: Block, j: int, *args) -> Tensor:
-        """Layer j of a block; with gradient checkpointing, computed again in the backward pass."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block.layer, j, *args, use_reentrant=False)
-        return block.layer(j, *args)
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Keep no activations inside layers; compute them again in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, Layers):
+                module.gradient_checkpointing = on
 
-    # ---------------------------------------------------------------------------- on disk
+    # ------------------------------------------------------------------------------ on disk
     @classmethod
-    def from_folder(cls, path) -> "UNet":
-        """Read SD 2.1's `unet/` (temporal layers at their identity), ModelScope's, or our own."""
-        unet = cls(**from_diffusers_config(read_config(path)))
+    def from_folder(cls, path, **changes) -> "UNet":
+        """Read SD 2.1's `unet/`, ModelScope's or our own. changes: other fields of `UNetConfig`."""
+        config = UNetConfig(**diffusers.read_unet_config(read_config(path)))
+        unet = cls(replace(config, **changes))
         unet.load(load_weights(path))
         return unet
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take a checkpoint's tensors, by our names or LDM's; an image model lacks temporal ones.
-
-        Raises ValueError listing what does not fit.
+        """Take a checkpoint's tensors, by our names or LDM's. What an image model lacks is new: its
+        temporal layers and input channels start at zero. Raises ValueError for what does not fit.
         """
-        tensors = unet_from_ldm(tensors)
-        if (weight := tensors.get("conv_in.weight")) is not None:
-            missing = self.config["in_channels"] - weight.shape[1]
-            if missing > 0:  # a 4-channel file: the channels of c_image are new, and zero
-                tensors["conv_in.weight"] = F.pad(weight, (0, 0, 0, 0, 0, missing))
+        tensors = diffusers.widen_conv_in(unet_from_ldm(tensors), self.config.in_channels)
         is_2d = not any(is_temporal(name) for name in tensors)
         load_into(self, tensors, may_lack=lambda name: is_2d and is_temporal(name))
 
     def save(self, path, dtype: torch.dtype | None = None, spatial: bool = False) -> None:
-        """Write the folder. spatial: as an image model, which has SD 2.1's form: neither the
-        temporal layers nor the channels of c_image."""
-        write_config(path, to_diffusers_config(self.config, spatial))
-        tensors = {k: v.to(dtype or v.dtype) for k, v in self.state_dict().items()}
+        """Write the folder. spatial: in SD 2.1's form, without temporal layers and c_image."""
+        config, tensors = asdict(self.config), self.state_dict()
         if spatial:
-            tensors = {k: v for k, v in tensors.items() if not is_temporal(k)}
-            own = tensors["conv_in.weight"][:, : self.config["out_channels"]]
-            tensors["conv_in.weight"] = own.contiguous()
-        save_safetensors(tensors, f"{path}/diffusion_pytorch_model.safetensors")
-
-
-def is_temporal(name: str) -> bool:
-    return "temp_convs" in name or "temp_attentions" in name or name.startswith("transformer_in")
+            tensors = diffusers.spatial_only(tensors, self.config.out_channels)
+        save_weights(path, diffusers.write_unet_config(config, spatial), tensors, dtype)

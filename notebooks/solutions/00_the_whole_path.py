@@ -4,6 +4,7 @@ import torch
 
 from tinydance.toy.referee import judge
 
+
 # %% 1
 def my_to_frames(pixels):
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -2,6 +2,7 @@
 
 import torch
 
+
 # %% 1
 def my_add_noise(z_0, eps, alpha_bar_t):
     return alpha_bar_t**0.5 * z_0 + (1 - alpha_bar_t) ** 0.5 * eps

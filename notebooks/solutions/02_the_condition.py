@@ -2,6 +2,7 @@
 
 import torch
 
+
 # %% 1
 def my_c_image(f_first, f_last, frames):
     b, c, h, w = f_first.shape
@@ -11,8 +12,8 @@ def my_c_image(f_first, f_last, frames):
 
 
 # %% 2
-def my_f_last(z_0, back):
-    return z_0[torch.arange(len(z_0)), z_0.shape[1] - 1 - back]
+def my_f_last(z_0, frames_from_end):
+    return z_0[torch.arange(len(z_0)), z_0.shape[1] - 1 - frames_from_end]
 
 
 # %% 3

@@ -1,5 +1,6 @@
 """Solutions of notebook 03, in its order."""
 
+
 # %% 1
 def my_guidance(eps_u, eps_c, w):
     return eps_u + w * (eps_c - eps_u)

@@ -2,6 +2,7 @@
 
 import torch
 
+
 # %% 1
 def my_attention(q, k, v):
     return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v

@@ -2,6 +2,7 @@
 
 import math
 
+
 # %% 1
 def my_target(z_0, eps, alpha_bar_t, kind):
     if kind == "epsilon":

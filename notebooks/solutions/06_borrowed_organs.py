@@ -3,6 +3,7 @@
 import json
 import math
 
+
 # %% 1
 def my_draw(mean, logvar, eps):
     return mean + (0.5 * logvar).exp() * eps

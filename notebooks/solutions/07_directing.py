@@ -4,6 +4,7 @@ import math
 
 import torch
 
+
 # %% 1
 def my_clips(frames, f):
     return math.ceil((frames - 1) / (f - 1))

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from tinydance.toy import evaluate
 from tinydance.toy.referee import referee
-from tinydance.toy.world import parse
+from tinydance.toy.world import OPPOSITES
+
 
 # %% 1
 def my_standard_error(k, n):
@@ -24,5 +24,4 @@ def my_last_error(made, truth):
 
 # %% 4
 def my_way_back(caption):
-    motion = parse(caption)["motion"]
-    return caption.replace(motion, evaluate.BACK[motion])
+    return " ".join(OPPOSITES.get(word, word) for word in caption.split())

@@ -1,5 +1,6 @@
 """Solutions of notebook 09, in its order."""
 
+
 # %% 1
 def my_state(trained, ranks, zero):
     moments = 8 / ranks if zero else 8
@@ -12,7 +13,7 @@ def my_hours(flops, batch, steps, gpus, peak, share):
 
 
 # %% 3
-def my_numbers(step, rank, ranks, batch):
+def my_sample_ids(step, rank, ranks, batch):
     own = batch // ranks
     start = step * batch + rank * own
     return list(range(start, start + own))

@@ -1,382 +1,199 @@
-"""Where the bytes are: folders, CSV tables and tar shards, each as an indexed table of rows.
+"""Where the samples are: folders, CSV tables and tar shards, each as an index of rows.
 
-The paper trains on WebVid-10M, a CSV beside a folder of videos; its images come from LAION-400M,
-which travels in tar shards [paper §4.1]. The three kinds differ only in how their index is built.
-It is read once, holds numbers and no Python objects (ten million rows as tuples would be 3 GB in
-every process), and leads to a row by its offset; so any order costs the same as the written one.
-
-What users download is not trusted: a row that leads out of its root is `unsafe`, names are never
-opened as addresses, nothing is extracted from a tar, and texts are read up to MAX_TEXT bytes.
-Read `data.py` before, `video.py` after. Not included: downloads, Parquet, zip, compressed tar.
+Every index has len(), [i], `kind` (the class of its rows), `where` and `notes` for messages, and
+`missing_captions`. It holds numbers and no Python objects, because every worker process has a copy:
+ten million rows are 80 MB as offsets, and 3 GB as tuples. An index of nothing is a ValueError.
+track(items, what, unit) yields the items, and may show a bar meanwhile.
+Not here: downloads, Parquet, zip, compressed tar.
 """
 
-from __future__ import annotations
-
+import codecs
 import csv
 import io
 import json
-import math
 import os
-import re
+import tarfile
 from array import array
 from collections.abc import Iterable, Iterator
+from math import inf
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from tinydance.run.cli import progress
-from tinydance.video.read import BadSample
+from tinydance.data.rows import MAX_TEXT, Row, Video
 
-VIDEO_FILES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".ts")
-
-
-PICTURE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+WEBVID = {"videoid", "page_dir", "name"}  # the columns of its CSV
 
 
-TEXT_FILES = (".txt", ".json")
+def untracked(items: Iterable, what: str, unit: str) -> Iterable:
+    return items
 
 
-MAX_TEXT = 2**16  # bytes of a caption or of a tar's long name that are read
+class Strings:
+    """Many strings as one run of bytes and their ends, which processes share."""
 
-
-WEBVID = "videoid", "page_dir", "name"  # the columns of its CSV
-
-
-class Row(NamedTuple):
-    """One video or picture: where its bytes are, and what is said of it."""
-
-    name: str            # for messages
-    path: Path           # the file, or the tar
-    caption: str = ""
-    offset: int = 0      # in the tar
-    size: int = -1       # bytes there; -1: a file of its own
-    start: float = 0.0   # seconds; what lies before is not used
-    end: float = math.inf
-
-
-class Texts:
-    """Many strings in two arrays, which processes share."""
-
-    def __init__(self, texts: Iterable[str]):
-        parts = [text.encode("utf-8", "surrogateescape") for text in texts]
-        self.ends = np.cumsum([0, *map(len, parts)])
-        self.bytes = b"".join(parts)
+    def __init__(self, strings: Iterable[str]):
+        parts = [string.encode("utf-8", "surrogateescape") for string in strings]
+        self.ends, self.bytes = np.cumsum([0, *map(len, parts)]), b"".join(parts)
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
     def __getitem__(self, i: int) -> str:
-        return self.bytes[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogateescape")
+        return self.bytes[self.ends[i] : self.ends[i + 1]].decode("utf-8", "surrogateescape")
 
 
 class Folder:
-    """All files under `root` with one of the suffixes; the caption of `a/b.mp4` is in `a/b.txt`.
+    """All files under `root` with a suffix of their kind; `b.txt` is the caption of `b.mp4`."""
 
-    ValueError where the folder is missing or holds none.
-    """
-
-    def __init__(self, root: str | Path, suffixes: tuple[str, ...] = VIDEO_FILES):
-        self.where, self.root, self.notes = root, Path(root), []
+    def __init__(self, root: str | Path, kind: type[Row] = Video, track=untracked):
+        self.where, self.root, self.kind, self.notes = root, Path(root), kind, []
         if not self.root.is_dir():
-            raise ValueError(f"{root}: no such folder; give one that holds {_said(suffixes)}")
-        names, texts = [], set()
-        for folder, _, files in progress(os.walk(self.root), "indexing", "folder"):
+            raise ValueError(f"{root}: no such folder; give one that holds {kind.what}")
+        names, captioned = [], set()
+        for folder, _, files in track(os.walk(self.root), "indexing", "folder"):
             inside = Path(folder).relative_to(self.root)
             for file in files:
-                if file.startswith("."):  # macOS leaves a ._b.mp4 beside b.mp4
-                    continue
                 stem, suffix = os.path.splitext(file)
-                if suffix.lower() in suffixes:
+                if suffix.lower() in kind.suffixes and file[0] != ".":  # ._b.mp4 is left by a Mac
                     names.append((inside / file).as_posix())
                 elif suffix == ".txt":
-                    texts.add((inside / stem).as_posix())
+                    captioned.add((inside / stem).as_posix())
         if not names:
-            what = "video" if suffixes == VIDEO_FILES else "picture"
-            raise ValueError(f"{root}: no {what} inside; they end in {' or '.join(suffixes)}")
-        names.sort()
-        self.has_text = np.array([os.path.splitext(name)[0] in texts for name in names])
+            raise ValueError(f"{root}: no {kind.what} inside; use {' or '.join(kind.suffixes)}")
+        self.names = Strings(sorted(names))
+        self.has_text = np.array([os.path.splitext(name)[0] in captioned for name in self.names])
         self.missing_captions = int((~self.has_text).sum())
-        self.names = Texts(names)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Row:
-        return Row(self.names[i], confined(self.root, self.names[i]), self.caption(i))
-
-    def caption(self, i: int) -> str:
-        if not self.has_text[i]:
-            return ""
-        path = confined(self.root, os.path.splitext(self.names[i])[0] + ".txt")
-        try:
-            with open(path, "rb") as file:
-                return _text(file.read(MAX_TEXT))
-        except OSError as error:
-            raise BadSample("missing", error.strerror) from None
+        name = self.names[i]
+        text = Row(os.path.splitext(name)[0] + ".txt", self.root)
+        return self.kind(name, self.root, text.decode() if self.has_text[i] else "")
 
 
 class Table:
     """A CSV with the columns path, caption and maybe start and end in seconds, or with WebVid's.
 
-    Paths are relative to the folder of the CSV; WebVid's are videos/{page_dir}/{videoid}.mp4. All
-    columns are text: page_dir 000123_000150 keeps its zeros. ValueError, with the line's number,
-    where a column is missing or a line is damaged.
+    Raises ValueError, with the line's number, where a column is missing or a line is damaged.
     """
 
-    def __init__(self, path: str | Path):
-        self.path, self.root = Path(path), Path(path).parent
-        self.where, self.notes = path, []
-        rows = _records(self.path)
-        header = next(rows, (0, 0, []))[2]
-        self.columns = {name.strip().lower(): k for k, name in enumerate(header)}
-        self.webvid = not set(WEBVID) - self.columns.keys()
-        for name in () if self.webvid else ("path", "caption"):
-            if name not in self.columns:
-                raise ValueError(f"{path}: no column {name!r} among {', '.join(header) or 'none'}; "
-                                 "the first line must name path and caption")
-        offsets, self.missing_captions = array("q"), 0
-        for offset, line, fields in rows:
-            if len(fields) != len(header):
-                raise ValueError(f"{path}, line {line}: {len(fields)} columns, not {len(header)}; "
-                                 "put text with a comma in quotes")
-            try:
-                row = self._row(fields)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {line}: {error}") from None
-            offsets.append(offset)
-            self.missing_captions += not row.caption.strip()
+    def __init__(self, path: str | Path, kind: type[Row] = Video, track=untracked):
+        self.where, self.path, self.kind, self.notes = path, Path(path), kind, []
+        self.missing_captions, offsets, number = 0, array("q"), 1
+        try:
+            with open(path, "rb") as file:
+                file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
+                lines = (line.decode("utf-8") for line in track(file, "indexing", "line"))
+                reader = csv.DictReader(lines, strict=True)
+                self.columns = [name.strip().lower() for name in reader.fieldnames or []]
+                self.is_webvid, reader.fieldnames = WEBVID <= {*self.columns}, self.columns
+                if not (self.is_webvid or {"path", "caption"} <= {*self.columns}):
+                    raise ValueError(f"no columns path and caption among {self.columns}")
+                offset, number = file.tell(), reader.line_num + 1
+                for row in reader:  # of one line, or several where text in quotes has some
+                    self.missing_captions += not self.parse(row)["caption"].strip()
+                    offsets.append(offset)
+                    offset, number = file.tell(), reader.line_num + 1
+        except (OSError, ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
         if not offsets:
             raise ValueError(f"{path}: no row below the names of the columns")
-        self.offsets = np.array([*offsets, self.path.stat().st_size])
+        self.offsets = np.array([*offsets, offset])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, i: int) -> Row:
-        row = self._row(next(csv.reader(io.StringIO(self._line(i), newline=""), strict=True)))
-        return row._replace(path=confined(self.root, row.name))
+        begin, end = self.offsets[i : i + 2].tolist()
+        text = Row("", self.path, offset=begin, size=end - begin).open().read().decode("utf-8")
+        [row] = csv.DictReader(io.StringIO(text, newline=""), self.columns, strict=True)
+        return self.kind(root=self.path.parent, **self.parse(row))
 
-    def caption(self, i: int) -> str:
-        return self._row(next(csv.reader(io.StringIO(self._line(i), newline="")))).caption
-
-    def _line(self, i: int) -> str:
-        with open(self.path, "rb") as file:
-            file.seek(self.offsets[i])
-            return file.read(self.offsets[i + 1] - self.offsets[i]).decode("utf-8")
-
-    def _row(self, fields: list[str]) -> Row:
-        said = {name: fields[k] for name, k in self.columns.items()}
-        if self.webvid:
-            videoid, page_dir, caption = (said[name] for name in WEBVID)
-            return Row(f"videos/{page_dir}/{videoid}.mp4", self.path, caption)
-        start, end = float(said.get("start") or 0), float(said.get("end") or math.inf)
+    def parse(self, row: dict) -> dict[str, str | float]:
+        """The fields of a `Row` that a row of the table gives. Raises ValueError."""
+        if None in row or None in row.values():  # more fields than columns, or fewer
+            raise ValueError(f"not {len(self.columns)} columns; put text with commas in quotes")
+        if self.is_webvid:
+            path = f"videos/{row['page_dir']}/{row['videoid']}.mp4"
+            row = {"path": path, "caption": row["name"]}
+        start, end = float(row.get("start") or 0), float(row.get("end") or inf)
         if not 0 <= start < end:
-            raise ValueError(f"start {start} and end {end} are no stretch of time")
-        return Row(said["path"], self.path, said["caption"], start=start, end=end)
+            raise ValueError(f"start {start} is not before end {end}")
+        return {"name": row["path"], "caption": row["caption"], "start": start, "end": end}
 
 
 class Shards:
     """Tar files as img2dataset and video2dataset write them: a.mp4 beside a.txt, or a.json.
 
-    Members with one stem belong together; the text is a.txt's, or else "caption" in a.json. A
-    shard that is damaged or cut gives what comes before, and a line in `notes`. ValueError where
-    all of them together hold nothing.
+    Members with one stem belong together; the text is a.txt's, or else "caption" in a.json. Of a
+    damaged shard the part before the damage is used, and `notes` has a line about it.
     """
 
-    def __init__(self, paths: list[str | Path], suffixes: tuple[str, ...] = VIDEO_FILES):
-        self.paths, self.notes = [Path(path) for path in paths], []
+    def __init__(self, paths: list[str | Path], kind: type[Row] = Video, track=untracked):
+        self.paths, self.kind, self.notes = [Path(path) for path in paths], kind, []
         self.where = f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
-        names, tables = [], []
-        for k, path in enumerate(progress(self.paths, "indexing", "shard")):
-            found = self._samples(path, suffixes)
-            names += found
-            table = [(k, *place, *text) for place, text in found.values()]
-            tables.append(np.array(table, np.int64).reshape(-1, 6))
-        self.table, self.names = np.concatenate(tables), Texts(names)
-        if not names:
-            raise ValueError(f"{paths[0]}: no {_said(suffixes)} in {len(paths)} shards"
-                             f"{''.join('; ' + note for note in self.notes[:1])}")
-        self.missing_captions = int((self.table[:, 4] < 0).sum())
-
-    def _samples(self, path: Path, suffixes) -> dict[str, tuple]:
-        """{member: ((offset, size), (offset, size, is JSON))} of one shard; a size of -1: none."""
-        media, texts, twice = {}, {}, 0
-        try:
-            with open(path, "rb") as file:
-                for count, (name, offset, size) in enumerate(tar_members(file)):
+        names, numbers = [], array("q")
+        for k, path in enumerate(track(self.paths, "indexing", "shard")):
+            media, texts = {}, {}
+            try:
+                for name, *place in tar_members(path):
                     stem, suffix = os.path.splitext(name)
-                    suffix = suffix.lower()
-                    if os.path.basename(name).startswith("."):
-                        continue
-                    if suffix in suffixes:
-                        twice += stem in media
-                        media.setdefault(stem, (name, (offset, size)))
-                    elif suffix in TEXT_FILES and (suffix == ".txt" or stem not in texts):
-                        texts[stem] = offset, size, suffix == ".json"
-        except (OSError, ValueError) as error:
-            self.notes.append(f"{path}: {error}; {len(media)} samples before that are used")
-        if twice:
-            self.notes.append(f"{path}: {twice} names come twice, of which the first is used")
-        return {name: (place, texts.get(stem, (0, -1, 0))) for stem, (name, place) in media.items()}
+                    suffix, is_hidden = suffix.lower(), os.path.basename(name)[:1] == "."
+                    if suffix in kind.suffixes and not is_hidden:
+                        media.setdefault(stem, (name, place))
+                    elif suffix == ".txt" or suffix == ".json" and stem not in texts:
+                        texts[stem] = *place, suffix == ".json"
+            except (OSError, ValueError) as error:
+                self.notes.append(f"{path}: {error}; {len(media)} samples before that are used")
+            for stem, (name, place) in media.items():
+                names.append(name)
+                numbers.extend((k, *place, *texts.get(stem, (0, -1, False))))
+        if not names:
+            note = "".join(f"; {note}" for note in self.notes[:1])
+            raise ValueError(f"{paths[0]}: no {kind.what} in {len(paths)} shards{note}")
+        self.names = Strings(names)
+        # shard, offset, size; offset and size of the text (-1: none), whether the text is JSON
+        self.table = np.array(numbers).reshape(-1, 6)
+        self.missing_captions = int((self.table[:, 4] < 0).sum())
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, i: int) -> Row:
-        path, offset, size = self.paths[self.table[i, 0]], *self.table[i, 1:3].tolist()
-        return Row(f"{path.name}/{self.names[i]}", path, self.caption(i), offset, size)
-
-    def caption(self, i: int) -> str:
-        shard, _, _, offset, size, is_json = self.table[i].tolist()
-        if size < 0:
-            return ""
-        with open(self.paths[shard], "rb") as file:
-            file.seek(offset)
-            text = _text(file.read(min(size, MAX_TEXT)))
-        if not is_json:
-            return text
-        try:
-            said = json.loads(text)
-        except (ValueError, RecursionError):
-            return ""
-        return str(said.get("caption") or "") if isinstance(said, dict) else ""
+        shard, offset, size, text_offset, text_size, is_json = self.table[i].tolist()
+        path, caption = self.paths[shard], ""
+        if text_size >= 0:
+            caption = Row("", path, "", text_offset, min(text_size, MAX_TEXT)).decode()
+        if is_json:
+            try:
+                caption = str(json.loads(caption)["caption"] or "")
+            except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or no caption
+                caption = ""
+        return self.kind(f"{path.name}/{self.names[i]}", path, caption, offset, size)
 
 
-Rows = Folder | Table | Shards
+def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of each plain file in a tar; nothing is extracted.
 
-
-def confined(root: Path, name: str) -> Path:
-    """The path of `name` under root. BadSample `unsafe` for one that leads out of it, by `..`, by
-    a symbolic link or from the start, and for an address such as http://host or concat:a."""
-    if "\0" in name or re.match(r"[\w+.-]+:(?! )", name):
-        raise BadSample("unsafe", f"{name!r:.200} is no path in {root}")
-    path = Path(os.path.realpath(root / name))
-    if not path.is_relative_to(os.path.realpath(root)):
-        raise BadSample("unsafe", f"{name!r:.200} leads out of {root}")
-    return path
-
-
-class Member(io.RawIOBase):
-    """The bytes of a tar's member, as a file that has nothing before and nothing after them."""
-
-    def __init__(self, path: Path, offset: int, size: int, name: str):
-        self.file, self.offset, self.size, self.name = open(path, "rb"), offset, size, name
-        self.file.seek(offset)
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.file.tell() - self.offset
-
-    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        place += {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
-        return self.file.seek(self.offset + max(0, place)) - self.offset
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self.size - self.tell())
-        return self.file.read(left if count is None or count < 0 else min(count, left))
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
-def open_row(row: Row) -> BinaryIO:
-    """The row's bytes as a file. BadSample `missing` where there is none; a pipe is none."""
-    try:
-        if row.size >= 0:
-            return Member(row.path, row.offset, row.size, row.name)
-        if not row.path.is_file():
-            raise BadSample("missing", "no such file")
-        return open(row.path, "rb")
-    except OSError as error:
-        raise BadSample("missing", error.strerror) from None
-
-
-def tar_members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) of each plain file in a tar; links and devices are passed over.
-
-    A tar is a row of headers of 512 bytes, each before its file's bytes, and ends in zeros.
-    Python's `tarfile` takes a damaged header for the end and keeps silent; here that raises
-    ValueError, as do an end without zeros, a member that is cut, and a compressed tar.
+    Raises ValueError for a tar that is compressed, cut or damaged. `tarfile` takes a damaged header
+    for the end of the archive, without a word; but a whole tar ends in a block of zeros.
     """
-    length = file.seek(0, os.SEEK_END)
-    offset, count, long = 0, 0, {}
-    while True:
-        file.seek(offset)
-        header = file.read(512)
-        if header[:2] == b"\x1f\x8b":
-            raise ValueError("compressed, so that nothing can be found by its offset; unpack it")
-        if len(header) < 512:
-            raise ValueError(f"cut after {count} members, or never finished")
-        if not any(header):
-            return
-        if _octal(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-            raise ValueError(f"damaged after {count} members, at byte {offset}")
-        kind, size = header[156:157], long.pop("size", None) or _octal(header[124:136])
-        offset += 512
-        if offset + size > length:
-            raise ValueError(f"cut within member {count + 1}")
-        if kind == b"L":  # GNU: the next member's name, which is too long for its header
-            long = {"name": file.read(min(size, MAX_TEXT)).rstrip(b"\0")}
-        elif kind == b"x":  # POSIX: the same, as lines "length path=name", and sizes above 8 GiB
-            said = dict(re.findall(rb"\d+ (path|size)=([^\n]*)\n", file.read(min(size, MAX_TEXT))))
-            long = {"name": said[b"path"]} if b"path" in said else {}
-            if said.get(b"size", b"").isdigit():
-                long["size"] = int(said[b"size"])
-        else:
-            name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
-            if header[257:263] == b"ustar\0" and prefix:
-                name = prefix + b"/" + name
-            if kind in b"0\0":
-                yield long.get("name", name).decode("utf-8", "surrogateescape"), offset, size
-                count += 1
-            long = {}
-        offset += -(-size // 512) * 512
-
-
-def _octal(field: bytes) -> int:
-    """A number in a tar's header: octal digits, or from 8 GiB on a byte 128 and binary."""
-    if field[0] == 128:
-        return int.from_bytes(field[1:])
-    digits = field.strip(b"\0 ")
-    return int(digits, 8) if digits.isdigit() else 0
-
-
-def _records(path: Path) -> Iterator[tuple[int, int, list[str]]]:
-    """Yield (offset, line number, fields) of each record; text in quotes may hold several lines."""
-    place = 0
-
-    def lines(file) -> Iterator[str]:
-        nonlocal place
-        for line in progress(file, "indexing", "line"):
-            text = line.decode("utf-8-sig" if place == 0 else "utf-8")
-            place += len(line)
-            yield text
-
+    length, count = path.stat().st_size, 0
     try:
-        with open(path, "rb") as file:
-            reader, offset, line = csv.reader(lines(file), strict=True), 0, 1
-            for fields in reader:
-                if fields:
-                    yield offset, line, fields
-                offset, line = place, reader.line_num + 1
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}, line {line}: not UTF-8; save the table as that") from None
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: {error}") from None
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8-sig", "replace")
-
-
-def _said(suffixes) -> str:
-    return "videos" if suffixes == VIDEO_FILES else "pictures"
+        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+            for member in tar:
+                if not member.offset_data <= tar.offset <= length:  # tar.offset: the next header
+                    raise ValueError(f"cut within member {count + 1}")
+                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    yield member.name, member.offset_data, member.size
+                    count += 1
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):
+                raise ValueError(f"damaged or cut after {count} members, at byte {tar.offset}")
+    except (tarfile.TarError, MemoryError, OverflowError, RecursionError) as error:
+        # Headers that lie lead to all of these.
+        what = f"damaged after {count} members" if count else "compressed, or no tar"
+        raise ValueError(f"{what}: {error}") from None

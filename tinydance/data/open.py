@@ -1,92 +1,76 @@
-"""Which clips are trained on, and in which order: the toy world, users' files, mixtures of them.
+"""What `--data` and `--images` name, as a source.
 
-"For video data, we randomly sample 16 consecutive frames with 4 fps per video" [paper §4.1], from
-WebVid-10M and 500 thousand clips without watermark; images from LAION. Here the order is a
-function: what is seen at global sample number n (which source, which video, from when on) follows
-from (seed, n) and is stored nowhere. So the data are the same on any number of machines, and
-resuming needs no state but the step.
-
-A source has `clip(n)`, `frame(n)`, `any_frame(n)`, `frames`, `size`, `words()`, `about()` and
-`reseeded(seed)`; `batches` makes a stream of it. What was bad on the way to a clip travels with it.
-Read `weights.py` before, `sources.py` and `toyworld.py` after; cached latents are in `latents.py`.
+Not here: what the parts are (`index.py`, `cache.py`, `toy/source.py`), or their order (`order.py`).
 """
 
-from __future__ import annotations
-
 import glob
+import re
 from pathlib import Path
 
-from tinydance.data.cache import Latents, is_cache
-from tinydance.data.index import PICTURE_FILES, VIDEO_FILES, Folder, Shards, Table
+from tinydance.config import Config
+from tinydance.data.cache import Latents, find_caches, is_cache
+from tinydance.data.index import Folder, Shards, Table, untracked
 from tinydance.data.order import Files, Mixture, WithPictures
+from tinydance.data.rows import Picture, Video
 from tinydance.toy.source import ToyWorld
 from tinydance.toy.world import World
 
 Source = ToyWorld | Files | Mixture | WithPictures
 
 
-def open_source(data: str, frames: int, fps: float, size: tuple[int, int], seed: int = 0,
-                rich: bool = False, images: str = "", short: str = "pad", crop: str = "centre",
-                starts: str = "any") -> Source:
-    """What `--data` and `--images` name, several joined by "|", as one source.
+def open_source(config: Config, track=untracked) -> Source:
+    """The clips of config.data, and where config.images is given the pictures of image steps.
 
-    Each is 'toyworld', a folder of videos, of tar shards or of cached latents, a .csv, or .tar
-    files; after a colon its weight, as in "webvid.csv:0.95|clips:0.05". Without weights, every
-    sample counts the same. ValueError for anything else.
+    Each is one or several, joined by "|", of 'toyworld', a folder of videos, of tar shards or of
+    cached latents, a .csv, or .tar files; after a colon its weight, as in
+    "webvid.csv:0.95|clips:0.05". Raises ValueError for anything else. track: see `index.py`.
     """
-    
+    clips = open_all(config.data, Video, config, track)
+    if not config.images:
+        return clips
+    pictures = open_all(config.images, Picture, config, track)
+    return WithPictures([clips, pictures], [1, 1], config.seed)
 
-    def open_one(name: str | list[Path], pictures: bool):
-        suffixes = PICTURE_FILES if pictures else VIDEO_FILES
-        if name == "toyworld":
-            if size[0] != size[1]:
-                raise ValueError(f"the toy world is square, and {size[0]}x{size[1]} is not")
-            return ToyWorld(seed, World(size[0], frames, rich))
-        if isinstance(name, list):
-            rows = Shards(name, suffixes)
-        elif is_cache(name):
-            return Latents(name, size, frames, fps, seed, short)
-        elif Path(name).suffix.lower() == ".csv":
-            rows = Table(name)
-        else:
-            rows = Folder(name, suffixes)
-        return Files(rows, size, frames, fps, seed, short, crop, starts, pictures)
 
-    def open_all(text: str, pictures: bool):
-        named = parse_data(text)
-        sources = [open_one(name, pictures) for name, _ in named]
-        if len(sources) == 1:
-            return sources[0]
-        weights = [weight for _, weight in named]
-        if None in weights and any(weights) or None in weights and "toyworld" in text.split("|"):
-            raise ValueError(f"{text}: give every source a weight, as in a.csv:0.95, or none")
-        if 0 < sum(isinstance(source, Latents) for source in sources) < len(sources):
-            raise ValueError(f"{text}: a batch is of latents or of pixels; mix caches with caches")
-        return Mixture(sources, [w or len(s) for w, s in zip(weights, sources)], seed)
+def open_all(text: str, kind: type, config: Config, track) -> Source:
+    names, weights = zip(*parse_data(text))
+    sources = [open_one(name, kind, config, track) for name in names]
+    if len(sources) == 1:
+        return sources[0]
+    if None in weights and (any(weights) or "toyworld" in names):
+        raise ValueError(f"{text}: give every source a weight, as in a.csv:0.95, or none")
+    if 0 < sum(len(find_caches(source)) for source in sources) < len(sources):
+        raise ValueError(f"{text}: a batch is of latents or of pixels; mix caches with caches")
+    weights = [w or len(source) for source, w in zip(sources, weights, strict=True)]
+    return Mixture(sources, weights, config.seed)
 
-    clips = open_all(data, False)
-    return WithPictures(clips, open_all(images, True)) if images else clips
+
+def open_one(name: str | list[Path], kind: type, config: Config, track) -> ToyWorld | Files:
+    size, starts = (config.height, config.width), config.starts
+    if name == "toyworld":
+        if config.height != config.width:
+            raise ValueError(f"the toy world is square, and {size[0]}x{size[1]} is not")
+        return ToyWorld(config.seed, World(config.width, config.frames))
+    if isinstance(name, list):
+        rows = Shards(name, kind, track)
+    elif is_cache(name):
+        rows, starts = Latents(name, size, config.fps), "grid"
+    else:
+        rows = (Table if name.lower().endswith(".csv") else Folder)(name, kind, track)
+    given = size, config.frames, config.fps, config.seed, config.short, config.crop
+    return Files(rows, *given, starts)
 
 
 def parse_data(text: str) -> list[tuple[str | list[Path], float | None]]:
-    """"a.csv:0.95|b" -> [("a.csv", 0.95), ("b", None)]; tar files, or a folder of them, as a list.
+    """From "a.csv:0.95|b" to [("a.csv", 0.95), ("b", None)]; tar files are a list of paths.
 
-    Patterns such as laion/*.tar may stand unexpanded; tar files without a weight are one source.
+    A folder of tar files, or a pattern such as laion/*.tar, is the list of what it holds. All tar
+    files without a weight are one source.
     """
     named, loose = [], []
     for item in text.split("|"):
-        name, colon, tail = item.rpartition(":")
-        weight = None
-        if colon and not Path(item).exists():
-            try:
-                weight = float(tail)
-            except ValueError:  # the colon of C:\clips
-                name = item
-            if weight is not None and not 0 < weight < float("inf"):
-                raise ValueError(f"{item}: the weight must be above 0")
-        else:
-            name = item
-        tars = sorted(map(Path, glob.glob(name))) if glob.has_magic(name) else [Path(name)]
+        name, weight = split_weight(item)
+        tars = sorted(map(Path, glob.glob(name) or [name]))
         if len(tars) == 1 and tars[0].is_dir():
             tars = sorted(tars[0].glob("*.tar"))
         if not tars or any(path.suffix != ".tar" for path in tars):
@@ -95,4 +79,14 @@ def parse_data(text: str) -> list[tuple[str | list[Path], float | None]]:
             loose += tars
         else:
             named.append((tars, weight))
-    return named + [(loose, None)] * bool(loose)
+    return named + ([(loose, None)] if loose else [])
+
+
+def split_weight(item: str) -> tuple[str, float | None]:
+    """From "a.csv:0.95" to ("a.csv", 0.95). The colon of C: or in a file's name is left alone."""
+    found = re.fullmatch(r"(.+):(-?[\d.][\d.e-]*)", item)
+    if not found or Path(item).exists():
+        return item, None
+    if not (weight := float(found[2])) > 0:
+        raise ValueError(f"{item}: the weight must be above 0")
+    return found[1], weight

@@ -1,191 +1,143 @@
-"""Which clips are trained on, and in which order: the toy world, users' files, mixtures of them.
+"""Which sample comes when: a source of the user's files, and mixtures of sources.
 
-"For video data, we randomly sample 16 consecutive frames with 4 fps per video" [paper §4.1], from
-WebVid-10M and 500 thousand clips without watermark; images from LAION. Here the order is a
-function: what is seen at global sample number n (which source, which video, from when on) follows
-from (seed, n) and is stored nowhere. So the data are the same on any number of machines, and
-resuming needs no state but the step.
-
-A source has `clip(n)`, `frame(n)`, `any_frame(n)`, `frames`, `size`, `words()`, `about()` and
-`reseeded(seed)`; `batches` makes a stream of it. What was bad on the way to a clip travels with it.
-Read `weights.py` before, `sources.py` and `toyworld.py` after; cached latents are in `latents.py`.
+What sample number n is (which source, which video, from when on) is a function of (seed, n) and is
+stored nowhere. So the data are the same on any number of machines, and resuming needs no state but
+the step. A source is a dataclass with `seed`, `frames`, `size`, `sample(n, kind)` and `leaves()`,
+the sources that it is made of; `replace(source, seed=...)` is the same data in another order.
+Not here: the toy world, a source too (`toy/source.py`); what a row is (`rows.py`).
 """
 
-from __future__ import annotations
-
-import copy
 import hashlib
 from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from tinydance.data.index import Rows, open_row
-from tinydance.noise import random
-from tinydance.training import Clip
-from tinydance.video.read import CENTRE, REASONS, BadSample, pictures_in, read_clip, read_picture
+from tinydance.data.index import Folder, Shards, Table
+from tinydance.model import Sample
+from tinydance.noise import rng
+from tinydance.video.read import CENTRE, REASONS, BadSample, pictures_in
 
-TRIES = 20           # bad samples in a row before a source is given up
-
-
+TRIES = 20  # bad samples in a row before a source is given up
 FIRST_IMAGE = 2**40  # sample number of the first image, so that images never repeat clips
-
-
-BLOCK = 1000         # samples among which each source of a mixture has exactly its share
-
-
+BLOCK = 1000  # samples among which each source of a mixture has exactly its share
 COUNTED = (*REASONS, "padded", "no_caption")
 
 
+@dataclass
 class Files:
-    """Videos, or single pictures, of a folder, a table or shards, as a source.
+    """Rows of an index as a source. "For video data, we randomly sample 16 consecutive frames with
+    4 fps per video" [paper §4.1]. A bad row is replaced by the next in the epoch's order."""
 
-    size: (H, W), to which each is resized and cropped, at the centre or at random. frames, fps: of
-    a clip. short: what becomes of a video shorter than a clip: "pad" repeats its last picture,
-    "reject" takes another video. starts: "any" time, or "grid": a multiple of 1 / fps, as in a
-    cache of latents.
-    A row that cannot be read is replaced by the next in the epoch's order.
-    """
-
-    def __init__(self, rows: Rows, size: tuple[int, int], frames: int = 16, fps: float = 4,
-                 seed: int = 0, short: str = "pad", crop: str = "centre", starts: str = "any",
-                 pictures: bool = False):
-        self.rows, self.size, self.frames, self.fps, self.seed = rows, size, frames, fps, seed
-        self.short, self.crop, self.starts, self.pictures = short, crop, starts, pictures
+    rows: Folder | Table | Shards  # or any other index, see `index.py`
+    size: tuple[int, int]  # (H, W)
+    frames: int = 16  # of a clip
+    fps: float = 4
+    seed: int = 0
+    short: Literal["pad", "reject"] = "pad"  # repeat a short video's last picture, or skip it
+    crop: Literal["centre", "random"] = "centre"
+    starts: Literal["any", "grid"] = "any"  # of a clip; grid: at multiples of 1 / fps
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def clip(self, n: int) -> Clip:
-        """Clip n. An epoch shows every video once, in an order of its own, from a random start.
+    def sample(self, n: int, kind: Literal["clip", "first", "any"] = "clip") -> Sample:
+        """Sample n: a clip, or else ("first" or "any") one picture from a random time, with f = 1.
 
-        Raises ValueError after TRIES bad videos in a row.
+        An epoch shows every row once, in an order of its own. ValueError: TRIES bad rows in a row.
         """
-        return self._sample(n, self.frames)
-
-    def frame(self, n: int) -> Clip:
-        """One picture from a random time of video n, as a clip with f = 1. Decodes no other."""
-        return self._sample(n, 1)
-
-    any_frame = frame  # a clip can begin at any time
-
-    def words(self) -> list[str]:
-        """Every word of every caption; a tokenizer is built from them."""
-        captions = map(self.rows.caption, range(len(self)))
-        return sorted({word for caption in captions for word in caption.lower().split()})
-
-    def reseeded(self, seed: int) -> Files:
-        """The same files in another order; the index is shared."""
-        other = copy.copy(self)
-        other.seed = seed
-        return other
-
-    def about(self) -> list[str]:
-        """Lines for the head of a run: how much there is, and what is wrong with it."""
-        kind, lacking = "pictures" if self.pictures else "videos", self.rows.missing_captions
-        first = f"{self.rows.where}: {len(self):,} {kind}, {lacking:,} without caption"
-        return [first, *(f"note: {note}" for note in self.rows.notes)]
-
-    def _sample(self, n: int, frames: int) -> Clip:
         epoch, place = divmod(n, len(self))
-        bad = Counter()
+        frames, failed = self.frames if kind == "clip" else 1, Counter()
         for attempt in range(TRIES):
             i = shuffled((place + attempt) % len(self), len(self), self.seed, epoch)
             try:
-                clip = self._read(i, frames, random("start", self.seed, n, attempt))
-                return clip._replace(counts=bad + clip.counts)
+                sample = self.read(i, frames, rng("start", self.seed, n, attempt))
+                return sample._replace(counts=failed + sample.counts)
             except BadSample as error:
-                bad[error.reason] += 1
-                last = error
-        raise ValueError(f"{TRIES} samples in a row cannot be used: {said(bad)}; the last: {last}")
+                failed[error.reason] += 1
+                reasons = f"{format_counts(failed)}; the last: {error}"
+        raise ValueError(f"{TRIES} samples in a row cannot be used: {reasons}")
 
-    def _read(self, i: int, frames: int, draw: np.random.Generator) -> Clip:
+    def read(self, i: int, frames: int, draw: np.random.Generator) -> Sample:
+        """Row i, from a start and with a crop that are drawn. Raises BadSample."""
         row, counts = self.rows[i], Counter()
-        where, *at = draw.random(3)
-        at = CENTRE if self.crop == "centre" else at
+        u_start, *u_crop = draw.random(3)
 
-        def start(length: float) -> float:
-            end = min(length, row.end)
-            spare = pictures_in(end - row.start, self.fps) - frames  # starts on the grid - 1
+        def choose_start(seconds: float) -> float:
+            spare = pictures_in(seconds, self.fps) - frames  # the last start on the grid
             if spare < 0 and self.short == "reject":
-                raise BadSample("too_short", f"{end - row.start:.2f} s")
+                raise BadSample("too_short", f"{seconds:.2f} s")
             counts["padded"] = int(spare < 0)
             if self.starts == "grid":
-                return row.start + int(where * (max(0, spare) + 1)) / self.fps
-            return row.start + where * max(0, end - row.start - (frames - 1) / self.fps)
+                return int(u_start * (max(0, spare) + 1)) / self.fps
+            return u_start * max(0, seconds - (frames - 1) / self.fps)
 
+        at = CENTRE if self.crop == "centre" else u_crop
         try:
-            with open_row(row) as file:
-                if self.pictures:
-                    pixels = read_picture(file, self.size, at)[None]
-                else:
-                    pixels = read_clip(file, start, frames, self.fps, self.size, row.end, at)
+            pixels = row.read(choose_start, frames, self.fps, self.size, at)
         except BadSample as error:
             raise BadSample(error.reason, f"{row.name}: {error.message}") from None
         caption = " ".join(row.caption.split())
         counts["no_caption"] = int(not caption)
-        return Clip(pixels, caption, row.name, counts)
+        return Sample(pixels, caption, row.name, counts)
+
+    def leaves(self) -> list["Files"]:
+        return [self]
+
+    def words(self) -> set[str]:
+        captions = (self.rows[i].caption for i in range(len(self)))
+        return {word for caption in captions for word in caption.lower().split()}
+
+    def describe(self) -> list[str]:
+        rows, lacking = self.rows, f"{self.rows.missing_captions:,} without caption"
+        first = f"{rows.where}: {len(rows):,} {rows.kind.what}, {lacking}"
+        return [first, *(f"note: {note}" for note in rows.notes)]
 
 
+@dataclass
 class Mixture:
-    """Several sources, each with its share of every BLOCK samples, as the paper mixes WebVid with
-    clips that have no watermark [paper §4.1]. Within a source nothing is left out or repeated."""
+    """Sources that have their shares of every BLOCK samples, as the paper mixes WebVid with clips
+    that have no watermark [paper §4.1]. Within a source nothing is left out or repeated."""
 
-    def __init__(self, sources: list, weights: list[float], seed: int = 0):
-        self.sources, self.weights, self.seed = sources, weights, seed
-        self.frames, self.size = sources[0].frames, sources[0].size
-        ends = [round(BLOCK * sum(weights[:k]) / sum(weights)) for k in range(len(weights) + 1)]
-        self.ends = ends
-        if min(np.diff(ends)) < 1:
-            raise ValueError(f"weights {weights}: one is below 1 in {BLOCK}")
+    sources: list
+    weights: list[float]
+    seed: int = 0  # also of every source
 
-    def _pick(self, n: int) -> tuple:
-        """The source of sample n, and the number that the sample has there."""
+    def __post_init__(self):
+        self.sources = [replace(source, seed=self.seed) for source in self.sources]
+        self.frames, self.size = self.sources[0].frames, self.sources[0].size
+        sums = [sum(self.weights[:k]) for k in range(len(self.weights) + 1)]
+        self.ends = [round(BLOCK * part / sums[-1]) for part in sums]
+        if min(np.diff(self.ends)) < 1:
+            raise ValueError(f"weights {self.weights}: one is below 1 in {BLOCK}")
+
+    def sample(self, n: int, kind: Literal["clip", "first", "any"] = "clip") -> Sample:
         block, place = divmod(n, BLOCK)
         slot = shuffled(place, BLOCK, self.seed, block)
-        k = int(np.searchsorted(self.ends, slot, "right")) - 1
-        share = self.ends[k + 1] - self.ends[k]
-        return self.sources[k], block * share + slot - self.ends[k]
+        k = int(np.searchsorted(self.ends, slot, "right")) - 1  # the source that has this slot
+        first, end = self.ends[k : k + 2]
+        return self.sources[k].sample(block * (end - first) + slot - first, kind)
 
-    def clip(self, n: int) -> Clip:
-        source, m = self._pick(n)
-        return source.clip(m)
-
-    def frame(self, n: int) -> Clip:
-        source, m = self._pick(n)
-        return source.frame(m)
-
-    def any_frame(self, n: int) -> Clip:
-        source, m = self._pick(n)
-        return source.any_frame(m)
-
-    def words(self) -> list[str]:
-        return sorted({word for source in self.sources for word in source.words()})
-
-    def reseeded(self, seed: int) -> Mixture:
-        return Mixture([source.reseeded(seed) for source in self.sources], self.weights, seed)
-
-    def about(self) -> list[str]:
-        shares = [f"{100 * weight / sum(self.weights):.3g} %: " for weight in self.weights]
-        return [share + line for share, source in zip(shares, self.sources)
-                for line in source.about()]
+    def leaves(self) -> list:
+        return [leaf for source in self.sources for leaf in source.leaves()]
 
 
-class WithPictures:
-    """Clips of one source; the images of image steps are another's."""
+class WithPictures(Mixture):
+    """Two sources: the images of image steps are the second's, all else is the first's."""
 
-    def __init__(self, clips, pictures):
-        self.clips, self.pictures = clips, pictures
-        self.frames, self.size = clips.frames, clips.size
-        self.clip, self.any_frame, self.frame = clips.clip, clips.any_frame, pictures.frame
+    def sample(self, n: int, kind: Literal["clip", "first", "any"] = "clip") -> Sample:
+        return self.sources[kind == "first"].sample(n, kind)
 
-    def words(self) -> list[str]:
-        return sorted({*self.clips.words(), *self.pictures.words()})
 
-    def reseeded(self, seed: int) -> WithPictures:
-        return WithPictures(self.clips.reseeded(seed), self.pictures.reseeded(seed))
+def collect_words(source) -> list[str]:
+    """Every word of every caption; a tokenizer is built from them."""
+    return sorted({word for leaf in source.leaves() for word in leaf.words()})
 
-    def about(self) -> list[str]:
-        return [*self.clips.about(), *self.pictures.about()]
+
+def describe_source(source) -> list[str]:
+    """Lines for the head of a run: how much there is, and what is wrong with it."""
+    return [line for leaf in source.leaves() for line in leaf.describe()]
 
 
 def shuffled(place: int, length: int, *key: int) -> int:
@@ -199,14 +151,14 @@ def shuffled(place: int, length: int, *key: int) -> int:
     while True:
         left, right = place >> bits, place & mask
         for turn in range(4):
-            said = ",".join(map(str, (turn, right, *key))).encode()
-            mixed = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest())
+            text = ",".join(map(str, (turn, right, *key))).encode()
+            mixed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
             left, right = right, left ^ mixed & mask
         place = left << bits | right
         if place < length:
             return place
 
 
-def said(counts: Counter) -> str:
-    """"3 missing, 1 damaged", the commonest first."""
+def format_counts(counts: Counter) -> str:
+    """Such as "3 missing, 1 damaged", the commonest first."""
     return ", ".join(f"{count} {name}" for name, count in counts.most_common() if count)

@@ -1,33 +1,33 @@
 """Checkpoints: written whole or not at all, and verified before they are read.
 
     step_00001000/state.pt        weights, averages, Adam's moments, step, configuration
-    step_00001000/manifest.json   the files' sha256, written last
+    step_00001000/manifest.json   the sha256 of that file, written last
 
 A machine may die at any moment. So a checkpoint is made under another name, forced to the disk and
 renamed; and since disks lie, it counts only if its manifest is there and its bytes are those that
-the manifest says. The loop takes the newest that counts. [ours]
+the manifest says. A run resumes from the newest that counts. [ours]
 
-Read before: `training.py`. Not here: random states. All randomness is a function of (seed, step,
-sample), so there is none to save.
+Not here: random states. All randomness is a function of (seed, step, sample), so there is none to
+save.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from tinydance.config import Config
+from tinydance.training import Trainee
 
-KEPT = 2  # whole checkpoints; the older ones go
+KEPT = 2  # checkpoints; older ones are deleted
 
 
 def save_checkpoint(folder: Path, step: int, state: dict) -> None:
-    """Write folder/step_N, then drop all but the newest KEPT.
+    """Write folder/step_N, then delete all but the newest KEPT.
 
     Raises OSError where the disk does not take it (it may be full); what was there before stays.
     """
@@ -39,19 +39,21 @@ def save_checkpoint(folder: Path, step: int, state: dict) -> None:
     try:
         with open(unfinished / "state.pt", "wb") as file:
             torch.save(state, file)
-            force(file)
+            force_file(file)
         manifest = {"state.pt": sha256(unfinished / "state.pt")}
         with open(unfinished / "manifest.json", "w") as file:
             json.dump(manifest, file, indent=2)
-            force(file)
-    except (OSError, RuntimeError) as error:  # torch.save may wrap the one in the other
+            force_file(file)
+    except (OSError, RuntimeError) as error:  # torch.save may wrap an OSError in a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{final}: cannot be written: {cause}; older checkpoints stay") from error
-    shutil.rmtree(final, ignore_errors=True)  # one that did not count
-    os.replace(unfinished, final)
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one
+    os.replace(unfinished, final)  # from here on it counts
     force_folder(folder)
-    for old in [path for path in checkpoints(folder) if path != final][: 1 - KEPT or None]:
+    others = [path for path in checkpoints(folder) if path != final]
+    newest_first = others[::-1]
+    for old in newest_first[KEPT - 1 :]:
         shutil.rmtree(old)
 
 
@@ -61,7 +63,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest that is whole; a line for each newer one that is not."""
+    """The newest that is whole; a line is printed for each newer one that is not."""
     for path in reversed(checkpoints(folder)):
         if is_whole(path):
             return path
@@ -70,7 +72,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Does the manifest exist, and does every file have the sha256 that it says?"""
+    """Does the manifest exist, and does every file have the sha256 that the manifest says?"""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         return all(sha256(path / name) == digest for name, digest in manifest.items())
@@ -82,13 +84,44 @@ def load_checkpoint(path: Path) -> dict:
     return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 
+def resume(folder: Path, config: Config, trainee: Trainee) -> int:
+    """Load the newest whole checkpoint into the trainee; return its step, or 0 where there is none.
+
+    Raises ValueError naming the fields in which its configuration differs.
+    """
+    path = newest_checkpoint(folder) if config.resume == "auto" else None
+    if path is None:
+        return 0
+    state = load_checkpoint(path)
+    if changes := compare_configs(state["config"], config):
+        raise ValueError(
+            f"{path} was trained with other choices: {'; '.join(changes)}. "
+            "Use those, or another --out"
+        )
+    trainee.load(state)
+    return state["step"]
+
+
+def compare_configs(saved: dict, config: Config) -> list[str]:
+    """What differs, in words. Free fields may: they say where and how fast a run computes."""
+    now = asdict(config)
+    free = {f.name for f in fields(config) if f.metadata["free"]}
+    changes = []
+    for name, value in saved.items():  # a field that is newer than the checkpoint is not among them
+        if name not in now and value:  # a feature that no longer exists, and was used
+            changes.append(f"{name} was {value}, a field that no longer exists")
+        elif name in now and name not in free and now[name] != value:
+            changes.append(f"{name} was {value} and is {now[name]}")
+    return changes
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def force(file) -> None:
-    """To the disk, and not only to the system's memory."""
+def force_file(file) -> None:
+    """Write it to the disk, and not only to the system's memory."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -99,36 +132,3 @@ def force_folder(path: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-
-
-# Fields that may differ when a run goes on: where and how fast, not what.
-FREE = {"out", "init", "resume", "steps", "guidance", "tau", "device", "dtype", "compile",
-        "micro_batch", "zero", "timeout", "gradient_checkpointing", "workers", "save_every",
-        "sample_every", "max_skips", "max_bad", "vae_steps", "text_steps", "image_steps",
-        "video_steps"}  # fmt: skip
-
-
-def resume(folder: Path, config: Config, objective: nn.Module, ema: nn.Module, optimizer) -> int:
-    """Fill the three from the newest whole checkpoint -> its step, or 0 where there is none.
-
-    Raises ValueError naming the fields in which its configuration is another.
-    """
-    path = newest_checkpoint(folder) if config.resume == "auto" else None
-    if path is None:
-        return 0
-    state, now = load_checkpoint(path), asdict(config)
-    saved = state["config"]
-    changed = [
-        f"{name} was {saved[name]} and is {now[name]}"
-        for name in now
-        if name not in FREE and name in saved and saved[name] != now[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} was trained with other choices: {'; '.join(changed)}. "
-            "Use those, or another --out"
-        )
-    objective.load_state_dict(state["objective"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]

@@ -1,13 +1,16 @@
-"""How far the work is: tqdm's bar on a terminal, and plain lines where there is none.
+"""What the commands share: the parser, errors in one line, and progress.
 
-Read after `config.py`. Not here: what a training says of itself besides (`training.Log`).
+`train.py`, `sample.py`, `tinydance.toy.evaluate` and `tinydance.toy.figures` are commands. On a
+terminal progress is tqdm's bar; where there is none (a log file, a notebook) it is a plain line
+every 20 seconds. [ours]
+
+Not here: what the options are. Each command has its own; those of a training are `config.Config`.
 """
 
 import argparse
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 
 import torch
@@ -16,92 +19,92 @@ from tqdm import tqdm
 from tinydance.config import Config
 
 EVERY = 20  # seconds between plain lines
-
-
-class Progress:
-    """Counts up to `total` (None: not known). shown: False is silent, as ranks but the first are.
-
-    initial: what a resumed work had done. leave: its last state stays to be read. file: where to,
-    by default standard error.
-    """
-
-    def __init__(
-        self, what: str, total: int | None, unit: str, initial=0, leave=False, shown=True, file=None
-    ):
-        self.file = file or sys.stderr
-        self.bar = tqdm(desc=what, total=total, unit=unit, initial=initial, leave=leave, delay=1,
-                        file=self.file, disable=None if shown else True)  # fmt: skip
-        self.shown, self.plain = shown, shown and not self.file.isatty()
-        self.what, self.total, self.unit = what, total, unit
-        self.initial, self.leave, self.done = initial, leave, initial
-        self.begun = self.said = time.time()
-        self.told = ""
-
-    def update(self, count: int = 1, **told) -> None:
-        """`count` more are done; told: names and values that stand behind the count."""
-        self.done += count
-        if told:
-            self.told = ", ".join(f"{name} {value}" for name, value in told.items())
-            self.bar.set_postfix_str(self.told, refresh=False)
-        self.bar.update(count)
-        if self.plain and time.time() - self.said > EVERY:
-            self.say()
-
-    def say(self) -> None:
-        self.said = time.time()
-        line = tqdm.format_meter(
-            self.done, self.total, self.said - self.begun, unit=self.unit, initial=self.initial,
-            postfix=self.told, prefix=self.what,
-            bar_format="{desc}: {n_fmt} of {total_fmt}, {elapsed}<{remaining}, {rate_fmt}{postfix}",
-        )  # fmt: skip
-        print(line, file=self.file, flush=True)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.plain and self.leave and self.done > self.initial:
-            self.say()
-
-
-def progress(items: Iterable, what: str, unit: str, total=None, shown=True) -> Iterator:
-    """The items, counted as they are done with."""
-    total = len(items) if hasattr(items, "__len__") else total
-    with Progress(what, total, unit, shown=shown) as bar:
-        for item in items:
-            yield item
-            bar.update()
-
-
-def describe(config: Config) -> str:
-    """One line a field, aligned: name, value, and where the choice comes from."""
-    rows = ((f.name, str(getattr(config, f.name)), f.metadata["help"]) for f in fields(config))
-    return "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows)
+LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed}<{remaining}, {rate_fmt}{postfix}"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with the script's docstring as help and one line for an error."""
+    """argparse, with the command's docstring as help and a ValueError for a wrong argument."""
 
     def __init__(self, description: str):
-        shown = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=shown, allow_abbrev=False)
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=as_written, allow_abbrev=False)
 
     def error(self, message: str):
         raise ValueError(message)
 
 
-def run_main(main) -> None:
-    """Run a script's main(); what the user gave wrongly ends it in one line and exit code 2."""
+def run_main(main: Callable[[], None]) -> None:
+    """Run a command's main(). An error that the user can mend is one line and exit code 2."""
     try:
         main()
     except (ValueError, OSError) as error:
-        # What is wrong with the arguments every rank finds; what happens later may be one's own.
-        rank, joined = os.environ.get("RANK", "0"), torch.distributed.is_initialized()
-        if rank == "0" or joined:
-            who = f"rank {rank}: " if joined else ""
+        # Before the ranks have met, every rank finds the same error (a wrong argument): one line
+        # from rank 0 is enough. Later each rank may have an error of its own, and says so.
+        rank, has_met = os.environ.get("RANK", "0"), torch.distributed.is_initialized()
+        if rank == "0" or has_met:
+            who = f"rank {rank}: " if has_met else ""
             print(f"{os.path.basename(sys.argv[0])}: {who}{error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def describe_config(config: Config) -> str:
+    """One line per field, aligned: its name, its value, and where the choice comes from."""
+    rows = ((f.name, str(getattr(config, f.name)), f.metadata["help"]) for f in fields(config))
+    return "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows)
+
+
+class PlainLines:
+    """A file for tqdm where there is no terminal: what tqdm redraws becomes a line of its own."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text: str) -> None:
+        if text.strip():  # and not "\r" or spaces, by which tqdm removes its bar
+            print(text.strip(), file=self.file, flush=True)
+
+
+class Progress(tqdm):
+    """Counts up to `total` (None: unknown). Work of less than a second shows nothing.
+
+    initial: how much was done before, by a run that is resumed. leave: show the beginning too, and
+    keep the last state on the screen. shown: False on all ranks but the first. file: by default
+    standard error.
+    """
+
+    monitor_interval = 0  # tqdm's thread, which is not needed: every update looks at the clock
+
+    def __init__(
+        self, what: str, total: int | None, unit: str, initial=0, leave=False, shown=True, file=None
+    ):
+        file = file or sys.stderr
+        layout = {"file": file}
+        if not file.isatty():
+            layout = {"file": PlainLines(file), "mininterval": EVERY, "bar_format": LINE}
+        super().__init__(
+            desc=what,
+            total=total,
+            unit=unit,
+            initial=initial,
+            leave=leave,
+            disable=not shown,
+            delay=0 if leave else 1,
+            miniters=1,
+            **layout,
+        )
+
+    def update(self, count: int = 1, **values) -> None:
+        """`count` more are done; names and values to show behind the count."""
+        if values:
+            text = ", ".join(f"{name} {value}" for name, value in values.items())
+            self.set_postfix_str(text, refresh=False)
+        super().update(count)
+
+
+def progress(items: Iterable, what: str, unit: str, total=None, shown=True) -> Iterator:
+    """Yield the items, and count each when the caller asks for the next one."""
+    total = len(items) if hasattr(items, "__len__") else total
+    with Progress(what, total, unit, shown=shown) as bar:
+        for item in items:
+            yield item
+            bar.update()

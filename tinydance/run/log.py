@@ -1,11 +1,12 @@
-"""Training: the diffusion loss under PixelDance's three instructions, and the loop that lowers it.
+"""What a training says while it runs, and how it is asked to stop.
 
-`DiffusionLoss.forward` is section 3.2 of the paper in one straight line. `fit` is the loop, on a
-laptop and under torchrun on many machines the same; what it trains is a `Stage`, and `stages.py`
-has those of the real pipeline.
+    log.jsonl            one line per step: the objective's numbers, gradient, rate, seconds, counts
+    samples/step_N.png   what the averaged weights can do
 
-Read before: `unet.py`. Read after: `checkpoints.py`, `stages.py`, `train.py`.
-Not here: weights sharded over devices (the optimizer's state can be).
+The same numbers stand in the progress on standard output. What an objective tells is written as it
+is told, so that a new number in the log is a change of the objective alone. [ours]
+
+Not here: when to save or draw. That is `fit.py`.
 """
 
 import json
@@ -16,19 +17,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tinydance.data.order import said
+from tinydance.data.order import format_counts
 from tinydance.run.cli import Progress
-
-
-def save_picture(picture, path: Path) -> None:
-    """A sample that cannot be written is no reason to lose a run."""
-    if picture is None:
-        return
-    try:
-        path.parent.mkdir(exist_ok=True)
-        picture.save(path)
-    except OSError as error:
-        print(f"note: {path} could not be written: {error}", flush=True)
+from tinydance.training import Stage, Step
 
 
 class Interrupted(Exception):
@@ -36,58 +27,76 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C; the loop looks at it once a step. A second one kills."""
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C in `asked`. A second signal does what it always does."""
 
     def __init__(self):
         self.asked = False
-        names = [n for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
-        self.before = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names}
-        for number in self.before:
-            signal.signal(number, self.note)
+        names = ("SIGTERM", "SIGUSR1", "SIGINT")  # Windows has no SIGUSR1
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self.handlers = {number: signal.getsignal(number) for number in numbers}
 
-    def note(self, number, frame) -> None:
+    def note(self, number: int, frame) -> None:
         self.asked = True
-        signal.signal(number, self.before[number])
+        signal.signal(number, self.handlers[number])
 
-    def restore(self) -> None:
-        for number, handler in self.before.items():
+    def __enter__(self) -> "StopSignal":
+        for number in self.handlers:
+            signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 
 class Log:
-    """log.jsonl, a line a step, and the progress."""
+    """log.jsonl in `folder`, and the progress. Rank 0 has one."""
 
-    def __init__(self, stage: str, folder: Path, start: int, steps: int):
+    def __init__(self, stage: Stage, folder: Path, start: int):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
-        kept = []
-        if path.exists():  # steps after the checkpoint will be taken again
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept))
+        lines = path.read_text().splitlines() if path.exists() else []
+        # Steps after the checkpoint will be taken, and logged, again.
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
+        path.write_text("".join(kept))
         self.file, self.begun = path.open("a"), time.time()
-        self.bar = Progress(stage, steps, "step", start, leave=True, file=sys.stdout)
-        self.smooth, self.waited, self.skipped = math.nan, 0.0, 0
-        self.counts = Counter()
+        self.bar = Progress(stage.name, stage.steps, "step", start, leave=True, file=sys.stdout)
+        self.smooth: dict[str, float] = {}  # the numbers, averaged over some 50 steps
+        self.waited, self.skipped, self.counts = 0.0, 0, Counter()
 
-    def step(self, done, loss, norm, rate, waited: float, images: bool, counts: dict) -> None:
-        """waited: seconds of this step that went by until its data were there; counts: of samples
-        that were bad, or padded, or without caption."""
-        kind, seconds = "image" if images else "clip", time.time() - self.begun
-        record = {"step": done, "loss": loss, "grad_norm": norm, "lr": rate, "kind": kind}
-        record |= {"seconds": seconds, "waited": waited, "skipped": not math.isfinite(norm)}
-        record |= {"counts": counts} if counts else {}
-        self.counts.update(counts)
-        told = {"samples": said(self.counts)} if self.counts else {}
-        self.waited, self.skipped = self.waited + waited, self.skipped + record["skipped"]
-        self.file.write(json.dumps(record) + "\n")
+    def write(self, step: Step, numbers: dict, waited: float, counts: dict) -> None:
+        """numbers: the objective's, and waited: the seconds until the step's data were there, both
+        averaged over the ranks. counts: of samples that were bad, or padded, or without caption."""
+        seconds, is_skipped = time.time() - self.begun, not math.isfinite(step.grad_norm)
+        kind = "image" if step.batch.frames.shape[1] == 1 else "clip"
+        line = {"step": step.done, **numbers, "grad_norm": step.grad_norm, "lr": step.lr}
+        line |= {"kind": kind, "seconds": seconds, "waited": waited, "skipped": is_skipped}
+        line |= {"counts": counts} if counts else {}
+        self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        if math.isfinite(loss):
-            self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
-        data = self.waited / max(seconds, 1e-9)
-        self.bar.update(loss=f"{self.smooth:.4f}", lr=f"{rate:.1e}", data=f"{data:.0%}",
-                        skipped=self.skipped, **told)  # fmt: skip
+
+        for name, value in numbers.items():
+            if math.isfinite(value):
+                self.smooth[name] = 0.98 * self.smooth.get(name, value) + 0.02 * value
+        self.waited, self.skipped = self.waited + waited, self.skipped + is_skipped
+        self.counts.update(counts)
+        shown = {name: f"{value:.4f}" for name, value in self.smooth.items()}
+        shown |= {"lr": f"{step.lr:.1e}", "data": f"{self.waited / max(seconds, 1e-9):.0%}"}
+        shown |= {"skipped": self.skipped}
+        shown |= {"samples": format_counts(self.counts)} if self.counts else {}
+        self.bar.update(**shown)
 
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+
+
+def save_picture(picture, path: Path) -> None:
+    """Save it, if there is one. A picture that cannot be written is no reason to end a run."""
+    if picture is None:
+        return
+    try:
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        print(f"note: {path} could not be written: {error}", flush=True)

@@ -1,7 +1,22 @@
-"""toy"""
+"""The toy world: everything that makes PixelDance learnable and measurable on a laptop.
+
+A procedural world of captioned clips stands in for WebVid-10M, a rule-based referee for FVD and
+CLIPSIM, small networks of our own training for Stable Diffusion's. Read `world.py` first, then
+`referee.py`; `losses.py` trains the small VAE and text tower, `source.py` feeds a training.
+A command measures a model: `python -m tinydance.toy.evaluate`.
+README.md is the manual and the lab report; `model/` and `image_model/`
+are the shipped models, each with its card; `stories/` has a film of three minutes.
+Not here: real videos (`data/`), the stages of a training (`run/stages.py`).
+"""
 
 from pathlib import Path
+
+from tinydance.toy.referee import judge, referee
+from tinydance.toy.source import ToyWorld
+from tinydance.toy.world import World, make_clip
 
 # What comes with the package: the toy model, and the image model that its training starts from.
 SHIPPED = Path(__file__).parent / "model"
 SHIPPED_IMAGE = Path(__file__).parent / "image_model"
+
+__all__ = ["SHIPPED", "SHIPPED_IMAGE", "ToyWorld", "World", "judge", "make_clip", "referee"]

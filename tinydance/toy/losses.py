@@ -1,24 +1,27 @@
-"""Stable Diffusion's autoencoder: pictures (n, 3, H, W) to latents (n, 4, H/8, W/8) and back.
+"""How the toy world's borrowed organs are trained: a small VAE, and a small text tower.
 
-A borrowed organ: PixelDance encodes the frames of a clip, and with them both image instructions,
-by "a pre-trained VAE encoder" that stays frozen [paper §3.1, §4.1]. The parameters are named as
-diffusers' `AutoencoderKL` names them; files with the older attention names or in the original
-LDM layout load too (`weights.py`). The toy preset trains a small one of its own.
+The paper takes both from others and freezes them: Stable Diffusion's VAE, CLIP's text tower [paper
+§4.1]. A laptop has neither download nor room for them, so the toy preset trains its own in minutes,
+by simplified versions of their own recipes. Their files keep the formats of the originals.
 
-Read before: `training.py`. Read after: `clip.py`.
-Not here: the adversarial and perceptual losses that Stable Diffusion's was trained with.
+Each objective takes a `Batch` and returns named numbers, of which "loss" is lowered.
+Not here: the diffusion loss (`training.py`), the networks (`vae.py`, `clip.py`).
 """
 
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinydance.clip import BYTE_SYMBOLS, END, LENGTH, START, Tokenizer, merge_symbols, split_words
+from tinydance import clip
+from tinydance.clip import TextTower, Tokenizer
+from tinydance.model import Batch
 from tinydance.noise import draw, generator
-from tinydance.vae import VAE
+from tinydance.vae import VAE, to_pixels
 
 
+# ---- the VAE -------------------------------------------------------------------------------------
 class ReconstructionLoss(nn.Module):
     """How a small VAE is trained from nothing [ours]: square error, and a slight pull to N(0, 1).
 
@@ -32,66 +35,128 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.vae, self.seed = vae, seed
 
-    def forward(self, pixels: Tensor, captions: list[str], numbers: list[int]) -> Tensor:
-        """pixels (b, 1, 3, H, W), numbers the samples': single frames -> the loss."""
-        x = pixels.flatten(0, 1)
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """frames (b, 1, 3, H, W), single frames -> "loss"; and "kl", the distance from N(0, 1)."""
+        x = to_pixels(batch.frames).flatten(0, 1)  # b 1 3 H W -> b 3 H W
         mean, logvar = (moment.float() for moment in self.vae.encode(x))
-        generators = [generator("vae", self.seed, n) for n in numbers]
+        generators = [generator("vae", self.seed, n) for n in batch.sample_ids]
         eps = draw(generators, *mean.shape[1:], device=x.device)
         y = self.vae.decode(mean + (0.5 * logvar).exp() * eps).float()
+        # KL(N(mean, var) || N(0, 1)) = (mean^2 + var - 1 - log var) / 2
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return F.mse_loss(y, x) + self.KL_WEIGHT * kl
+        return {"loss": F.mse_loss(y, x) + self.KL_WEIGHT * kl, "kl": kl.detach()}
 
 
-def build_vocabulary(words, pad_id: int | None = None, length: int = LENGTH) -> Tokenizer:
+@torch.no_grad()
+def whiten(vae: VAE, x: Tensor) -> None:
+    """Make the latents of pixels x (n, 3, H, W) of zero mean, unit variance, uncorrelated.
+
+    Stable Diffusion scales its latents by one number [LDM]. In those of a small VAE one channel
+    can have ten times the variance of another, and noise then drowns the small one first. The
+    affine map and its inverse go into the two 1x1 convolutions: the same pictures come out, and
+    the file keeps its format. The posterior's variances become their means over x. [ours]
+    """
+    # n c h w -> c (n h w)
+    mean, logvar = (moment.transpose(0, 1).flatten(1).double() for moment in vae.encode(x))
+    centre = mean.mean(1)
+    variances, axes = torch.linalg.eigh(mean.cov())
+    forth, back = (axes / variances.sqrt()).T, axes * variances.sqrt()  # whiten, and undo it
+
+    c, quant, post = len(centre), vae.quant_conv, vae.post_quant_conv
+    # The decoder sees W (back z + centre) + b: what it saw before.
+    weight, bias = post.weight.double(), post.bias.double()
+    post.weight.copy_(torch.einsum("oi...,ij->oj...", weight, back))
+    post.bias.copy_(bias + weight[:, :, 0, 0] @ centre)
+    # The encoder gives forth (W h + b - centre), and variances that no longer depend on h.
+    weight, bias = quant.weight[:c].double(), quant.bias[:c].double()
+    quant.weight[:c] = torch.einsum("oi,ij...->oj...", forth, weight).to(quant.weight)
+    quant.bias[:c] = (forth @ (bias - centre)).to(quant.bias)
+    quant.weight[c:] = 0
+    quant.bias[c:] = (forth**2 @ logvar.exp().mean(1)).log().to(quant.bias)
+    vae.config = replace(vae.config, scaling_factor=1.0)
+
+
+# ---- the tokenizer and the text tower ------------------------------------------------------------
+def build_vocabulary(words, pad_id: int | None = None, length: int = clip.LENGTH) -> Tokenizer:
     """A Tokenizer with each of the words as one token; it spells all other text by bytes [ours].
 
-    In CLIP's own file format and order: bytes, bytes that end a word, merges, the two specials."""
-    symbols = [*BYTE_SYMBOLS.values(), *(symbol + "</w>" for symbol in BYTE_SYMBOLS.values())]
-    ranks = {}
-    for word in (part for word in words for part in split_words(word)):
+    In CLIP's own file format and order: bytes, bytes that end a word, merges, the two specials.
+    """
+    symbols, ranks = list(clip.BYTE_SYMBOLS.values()), {}
+    symbols += [symbol + "</w>" for symbol in symbols]
+    for word in (part for word in words for part in clip.split_words(word)):
         # new merges rank last, so they cannot change a word that is one token already
-        while len(pieces := merge_symbols(word, ranks)) > 1:
+        while len(pieces := clip.merge_symbols(word, ranks)) > 1:
             ranks[pieces[0], pieces[1]] = len(ranks)
-    symbols += [left + right for left, right in ranks] + [START, END]
+    symbols += [left + right for left, right in ranks] + [clip.START, clip.END]
     # two pairs may join to one symbol, which gets one id
     vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
     return Tokenizer(vocab, ranks, pad_id, length)
 
 
-# ---- how the toy's tower learns words ------------------------------------------------------------
+def init_clip(tower: TextTower) -> None:
+    """CLIP's initialisation, for a tower that is trained from nothing [CLIP]."""
+    width, depth = tower.config.hidden_size, tower.config.num_hidden_layers
+    residual = (2 * depth * width) ** -0.5  # 2 * depth branches are summed
+    nn.init.normal_(tower.text_model["embeddings"]["token_embedding"].weight, std=0.02)
+    nn.init.normal_(tower.text_model["embeddings"]["position_embedding"].weight, std=0.01)
+    for block in tower.text_model["encoder"]["layers"]:
+        attention, mlp = block.self_attn, block.mlp
+        for linear, std in (
+            (attention.q_proj, width**-0.5),
+            (attention.k_proj, width**-0.5),
+            (attention.v_proj, width**-0.5),
+            (attention.out_proj, residual),
+            (mlp.fc1, (2 * width) ** -0.5),
+            (mlp.fc2, residual),
+        ):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
 
 
 class ContrastiveLoss(nn.Module):
-    """CLIP's own training in miniature [CLIP]: captions are to be like their own clips.
+    """CLIP's own training in miniature [CLIP]: a caption shall be more like its clip than others.
 
     CLIP pairs texts with pictures; a toy text tower must also tell "left" from "right", so it is
     paired with clips. [ours] The video tower, four frames as one picture of 12 channels through
-    three convolutions, is thrown away afterwards."""
+    three convolutions, is thrown away afterwards.
+    """
 
     FRAMES = 4
 
-    def __init__(self, tower, tokenizer, width=64):
+    def __init__(self, tower: TextTower, tokenizer: Tokenizer, width: int = 64):
         super().__init__()
         self.tower, self.tokenizer = tower, tokenizer
         self.video_tower = nn.Sequential(
-            nn.Conv2d(3 * self.FRAMES, width, 5, stride=2, padding=2), nn.GELU(),
-            nn.Conv2d(width, 2 * width, 5, stride=2, padding=2), nn.GELU(),
-            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1), nn.GELU(),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, width, bias=False))
-        self.projection = nn.Linear(tower.config["hidden_size"], width, bias=False)
+            nn.Conv2d(3 * self.FRAMES, width, 5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Conv2d(width, 2 * width, 5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(2 * width, width, bias=False),
+        )
+        self.projection = nn.Linear(tower.config.hidden_size, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
-    def forward(self, pixels, captions, numbers):
-        """pixels (b, f, 3, H, W) and their captions -> the loss."""
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """frames (b, f, 3, H, W) and captions -> "loss", and "accuracy": the share of clips that
+        are most like a caption of their own."""
+        pixels = to_pixels(batch.frames)
         picks = torch.linspace(0, pixels.shape[1] - 1, self.FRAMES).long()
-        video = F.normalize(self.video_tower(pixels[:, picks].flatten(1, 2)).float(), dim=-1)
-        ids = self.tokenizer(captions).to(pixels.device)
+        video = self.video_tower(pixels[:, picks].flatten(1, 2)).float()  # b (4 3) H W -> b d
+        ids = self.tokenizer(batch.captions).to(pixels.device)  # b l
         ends = (ids == self.tokenizer.end_id).int().argmax(dim=1)  # the first; the rest is padding
         at_end = self.tower(ids)[torch.arange(len(ids)), ends]
-        text = F.normalize(self.projection(at_end).float(), dim=-1)
-        logits = self.logit_scale.exp().clamp(max=100) * video @ text.T
+        text = self.projection(at_end).float()  # b d
+        video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
+        logits = self.logit_scale.exp().clamp(max=100) * video @ text.T  # b b
         # clips with the same caption are equally right
-        same = torch.tensor([[float(a == b) for b in captions] for a in captions]).to(logits)
+        same = [[float(a == b) for b in batch.captions] for a in batch.captions]
+        same = torch.tensor(same).to(logits)
         truth = same / same.sum(dim=1, keepdim=True)
-        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        chosen = logits.argmax(dim=1, keepdim=True)
+        return {"loss": loss, "accuracy": same.gather(1, chosen).mean()}

@@ -1,302 +1,205 @@
-"""Stories: shots, one after another, chained into one film, as the paper's authors directed theirs.
-
-    style = "at night"                              # the end of every prompt
-    [[shot]]
-    prompt = "a red circle moves to the right"      # its first frame: the model's own
-    clips = 2
-    [[shot]]
-    prompt = "a red circle moves to the left"       # goes on from the last frame before
-    last = "end.png"
+"""Films: shots one after another, read from a story, made clip by clip, safe from interruptions.
 
 A composite shot is "formed by stringing together multiple continuous video clips" [paper §4.4.2],
-each from the last frame of the one before; a cut begins anew. How stories are written down is
-[ours: paper silent].
-
-Read before: `sampling.py`. Read after: `sample.py`. Not here: how a video is encoded (`video.py`).
+each from the last frame of the one before; a cut begins anew. The format of stories (README.md has
+one) and how an interrupted film is resumed are [ours: paper silent].
+Not here: how a clip is made (`sampling.py`), how a video is encoded (`write.py`).
 """
 
 import hashlib
-import json
+import itertools
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from tinydance.config import did_you_mean
-from tinydance.model import PixelDance
-from tinydance.run.checkpoints import sha256
-from tinydance.run.cli import Progress
-from tinydance.sampling import Sampling, chain, encode_picture, first_frame, sample_latents
+from tinydance.model import PixelDance, Settings
+from tinydance.sampling import chain, encode_picture, sample_latents
 from tinydance.vae import to_frames, to_pixels
 from tinydance.video.read import read_image
 from tinydance.video.strips import film_strip
 from tinydance.video.write import check_output, save_video
-from tinydance.weights.files import whole_file
+from tinydance.weights.files import pick, read_json, whole_file, write_json
 
-# What a story says for all shots, and what for one. Pictures: by paths from the story's folder.
-SHARED = {"style": str, "seed": int, "tau": (int, float, str), "guidance": (int, float)}
-
-
-OF_A_SHOT = SHARED | {"prompt": str, "first": str, "last": str, "clips": int, "cut": bool}
-
-
-OF_A_SHOT.pop("style")
-
-
-WANTED = {str: "words in quotes", int: "a whole number", bool: "true or false",
-          (int, float): "a number", (int, float, str): "a number of steps or a share"}  # fmt: skip
-
-
-TILES = 8  # of a storyboard's row, at most
+TILES = 8  # frames in a row of a storyboard, at most
+# A story's keys and their types; first and last are paths of pictures, from the story's folder.
+SETTINGS = {"seed": "int", "tau": "int or float or str", "guidance": "int or float"}
+SHOT = SETTINGS | {"prompt": "str", "clips": "int", "cut": "bool", "first": "str", "last": "str"}
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One or more clips under one prompt.
-
-    first, last: uint8 (3, H, W) or None; first is of use at a cut, last ends the last clip.
-    """
+    """One or more clips under one prompt. pictures: uint8 (3, H, W), named as the instructions are,
+    "first" and "last"; for a variant also clips (f, 3, H, W), such as a depth map of each frame."""
 
     prompt: str
-    first: Tensor | None = None
-    last: Tensor | None = None
+    pictures: dict[str, Tensor] = field(default_factory=dict)
     clips: int = 1
-    cut: bool = False  # begins with its own first frame, not with the last one before
-    how: Sampling = Sampling()
+    cut: bool = False  # begin with a first frame of its own, not with the last frame before
+    settings: Settings | None = None  # None: the model's
+
+    def check(self, model: PixelDance) -> "Shot":
+        """The shot with its settings. Raises ValueError for what cannot be made."""
+        settings = (self.settings or model.settings).check(model)
+        if self.clips < 1:
+            raise ValueError(f"clips is {self.clips}; use 1 or more")
+        if settings.frames == 1 and (self.pictures or self.clips > 1 or not self.cut):
+            raise ValueError("frames is 1: a picture is made from text alone, and by itself")
+        return replace(self, settings=settings)
 
 
-def read_story(path: str | Path, size: tuple[int, int], how: Sampling = Sampling()) -> list[Shot]:
-    """The shots of a story; pictures are cut to size (H, W), `how` is what the story leaves open.
-
-    A shot without a seed has the story's plus its number. Raises ValueError naming the file, the
-    shot and the key at fault.
-    """
-    path = Path(path)
+def read_story(path: str | Path, model: PixelDance, settings: Settings | None = None) -> list[Shot]:
+    """The shots of a story. settings: what the story leaves open, by default the model's.
+    Raises ValueError that names the file, the shot and the key at fault."""
+    path, shots, where = Path(path), [], path
     try:
         story = tomllib.loads(path.read_text("utf-8"))
+        check_keys(story, SETTINGS | {"style": "str", "shot": "list"})
+        settings = replace(settings or model.settings, **pick(story, [*SETTINGS]))
+        size = settings.height, settings.width
+        for i, table in enumerate(story.get("shot") or [None]):
+            where = f"{path}, shot {i + 1}"
+            check_keys(table, SHOT)
+            prompt = f"{table.get('prompt', '')} {story.get('style', '')}".strip()
+            files = pick(table, ["first", "last"])
+            pictures = {name: read_image(path.parent / file, size) for name, file in files.items()}
+            cut = table.get("cut", i == 0) or "first" in pictures
+            own = {"seed": settings.seed + i} | pick(table, [*SETTINGS])
+            shot = Shot(prompt, pictures, table.get("clips", 1), cut, replace(settings, **own))
+            shots.append(shot.check(model))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot read: {error}") from None
-    told = story.pop("shot", [])
-    if not isinstance(told, list) or not told or not all(isinstance(t, dict) for t in told):
-        raise ValueError(f"{path}: no shot; begin each with a line [[shot]]")
-    _check(f"{path}", story, SHARED, "shot")
-    how = replace(how, **{k: v for k, v in story.items() if k != "style"})
-    shots = []
-    for i, said in enumerate(told):
-        where = f"{path}, shot {i + 1}"
-        _check(where, said, OF_A_SHOT)
-        if "prompt" not in said:
-            raise ValueError(f"{where}: no prompt; prompt = \"\" is one without words")
-        if said.get("clips", 1) < 1:
-            raise ValueError(f"{where}: clips is {said['clips']}; use 1 or more")
-        if i and "first" in said and not said.get("cut"):
-            raise ValueError(f"{where}: begins with the last frame before, and so has no use for "
-                             f"first = {said['first']!r}; or say cut = true")  # fmt: skip
-        pictures = {name: read_image(path.parent / said[name], size)
-                    for name in ("first", "last") if name in said}  # fmt: skip
-        own = {name: said[name] for name in ("tau", "guidance", "seed") if name in said}
-        shots.append(Shot(
-            prompt=f"{said['prompt']} {story.get('style', '')}".strip(),
-            clips=said.get("clips", 1), cut=said.get("cut", i == 0),
-            how=replace(how, **({"seed": how.seed + i} | own)), **pictures,
-        ))  # fmt: skip
+        raise ValueError(f"{where}: {error}") from None
     return shots
 
 
-def _check(where: str, said: dict, known: dict, *others: str) -> None:
-    for key, value in said.items():
-        if key not in known:
-            near = did_you_mean(key, [*known, *others])
-            raise ValueError(f"{where}: unknown key {key!r}{near}")
-        kind = known[key]
-        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"{where}: {key} is {value!r}; it must be {WANTED[kind]}")
+def check_keys(table: dict, known: dict[str, str]) -> None:
+    if not isinstance(table, dict):
+        raise ValueError(f"{table!r} is no shot; begin each with a line [[shot]]")
+    for key, value in table.items():
+        if type(value).__name__ not in known.get(key, ""):
+            raise ValueError(f"{key} = {value!r}; known are {known}")
 
 
-def forget(make: Callable[[], Tensor], *key) -> Tensor:
-    """The `memory` of a film that keeps nothing."""
-    return make()
-
-
-def film(
-    model: PixelDance,
-    shots: list[Shot],
-    image_model: PixelDance | None = None,
-    number: int = 0,
-    bar: bool = False,
-    remember: Callable[..., Tensor] = forget,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (number of the shot, its next clip), latents (1, f, 4, h, w) of frames not seen before.
-
-    A cut without a first picture begins with the image model's own, or else with the model's.
-    number: of the film, where one seed makes several. remember: see `memory`.
+# -------------------------------------------------------------------------------- shots to pictures
+def film(model: PixelDance, shots: list[Shot], number=0, make=sample_latents) -> Iterator[tuple]:
+    """Yield (index of the shot, its next clip): latents (1, f, 4, h, w) of frames not seen before.
+    number: of the film, where one seed makes several. make: what makes a clip's z_0, see `chain`.
     """
-    carried = None
-
-    def sample(model, prompts, f_first, f_last, how, numbers, link, bar):
-        def make():
-            return sample_latents(model, prompts, f_first, f_last, how, numbers, link, bar)
-
-        z_0 = remember(make, prompts, f_first, f_last, how.complete(model), numbers, link)
-        return z_0.to(model.device)
-
+    carried = {}  # the last frame before, for a shot that goes on from it
     for i, shot in enumerate(shots):
-        goes_on = carried is not None and not shot.cut
-        f_first = carried
-        if not goes_on:
-            f_first = encode_picture(model, to_batch(shot.first))
-        if f_first is None and image_model:
-            f_first = remember(
-                lambda: first_frame(image_model, model, [shot.prompt], shot.how, [number], bar),
-                "first frame", shot.prompt, shot.how.complete(model), number,
-            ).to(model.device)  # fmt: skip
-        f_last = encode_picture(model, to_batch(shot.last))
-        for z_0 in chain(model, [shot.prompt], shot.clips, f_first, f_last, shot.how, [number],
-                         bar, sample):  # fmt: skip
-            carried = z_0[:, -1]
-            yield i, z_0[:, 1:] if goes_on else z_0
-            goes_on = False  # the chain drops the frames that it shares itself
+        carried = {} if shot.cut else carried
+        given = {name: encode(model, picture) for name, picture in shot.pictures.items()} | carried
+        clips = chain(model, [shot.prompt], shot.clips, given, shot.settings, [(number,)], make)
+        for link, z_0 in enumerate(clips):
+            yield i, z_0[:, 1:] if carried and link == 0 else z_0  # `chain` drops that of others
+        carried = {"first": z_0[:, -1]}
 
 
-def to_batch(picture: Tensor | None) -> Tensor | None:
-    """uint8 (3, H, W) -> pixels (1, 3, H, W)."""
-    return None if picture is None else to_pixels(picture)[None]
+def encode(model: PixelDance, picture: Tensor) -> Tensor:
+    """uint8 -> scaled latents: a picture (3, H, W) is (1, 4, h, w), a clip (1, f, 4, h, w)."""
+    pixels = to_pixels(picture)[None].to(model.device)
+    return encode_picture(model, pixels) if picture.ndim == 3 else model.vae.encode_video(pixels)
 
 
-def to_film(
-    model: PixelDance, shots: list[Shot], clips: Iterator[tuple[int, Tensor]], rows: list[list]
-) -> Iterator[Tensor]:
-    """Decode what `film` yields, uint8 (f, 3, H, W); rows[i] gets some frames of shot i."""
+def decode_film(model: PixelDance, shots: list[Shot], clips, rows: list[list]) -> Iterator[Tensor]:
+    """Yield the frames, uint8 (f, 3, H, W), of the clips that `film` yields. rows: an empty list
+    per shot, to be filled with some of its frames for the storyboard."""
     seen = [0] * len(shots)
     for i, z_0 in clips:
-        with torch.no_grad():
-            frames = to_frames(model.vae.decode_video(z_0))[0].cpu()
-        every = ceil(shots[i].clips * shots[i].how.complete(model).frames / TILES)
-        rows[i] += [frame for k, frame in enumerate(frames) if (seen[i] + k) % every == 0]
+        frames = to_frames(model.vae.decode_video(z_0))[0].cpu()
+        every = ceil(shots[i].clips * shots[i].check(model).settings.frames / TILES)
+        rows[i] += frames[-seen[i] % every :: every]  # the shot's frames 0, every, 2 every, ...
         seen[i] += len(frames)
         yield frames
 
 
-def storyboard(shots: list[Shot], rows: list[list[Tensor]]):
-    """A picture with a row a shot: its words, frames from `to_film`, its image instructions."""
-    titles = [f"{i + 1}. {'' if shot.cut else '... '}{shot.prompt}" for i, shot in enumerate(shots)]
+def storyboard(shots: list[Shot], rows: list[list[Tensor]]) -> Image.Image:
+    """A picture with a row per shot: its prompt, frames from `decode_film`, its instructions."""
+    titles = [f"{i}. {'' if shot.cut else '... '}{shot.prompt}" for i, shot in enumerate(shots, 1)]
+    first, last = ([shot.pictures.get(name) for shot in shots] for name in ("first", "last"))
     short = min(rows[0][0].shape[-2:])
-    return film_strip(
-        [torch.stack(row) for row in rows], titles, scale=max(64, min(short, 128)) / short,
-        first=[shot.first for shot in shots], last=[shot.last for shot in shots],
-    )  # fmt: skip
+    scale = max(64, min(short, 128)) / short
+    return film_strip([torch.stack(row) for row in rows], titles, 1, scale, first, last)
 
 
 # ------------------------------------------------------------------------------------ onto the disk
-def save_film(
-    model: PixelDance,
-    shots: list[Shot],
-    out: str | Path,
-    image_model: PixelDance | None = None,
-    number: int = 0,
-    overwrite: bool = False,
-    resume: bool = False,
-    about: dict = {},
-    bar: Progress | None = None,
-) -> None:
-    """Write the film to what `out` ends in, see `video.save_video`, and with several shots their
-    storyboard beside it.
-
-    Finished clips are in OUT.parts until all are there: an interruption keeps them, and `resume`
-    goes on. about: what else the file shall say of itself; clips are taken from OUT.parts only
-    where all of it but the "command" is the same: name the model, `fingerprint`. bar: counts clips.
-    Raises FileExistsError as `check_film`.
-    """
-    check_film(shots, out, overwrite, resume)
-    parts, total, rows = parts_of(out), sum(shot.clips for shot in shots), [[] for _ in shots]
-    if parts.exists() and not resume:
-        shutil.rmtree(parts)
-    remember = forget
-    if total > 1:
-        parts.mkdir(parents=True, exist_ok=True)
-        same = {name: value for name, value in about.items() if name != "command"}
-        remember = memory(parts, json.dumps(same))
-    clips = film(model, shots, image_model, number, bar is not None and bar.shown, remember)
-    about = about | {"number": number, "shots": [said_of(shot, model) for shot in shots]}
-    save_video(
-        counted(to_film(model, shots, clips, rows), bar), out, model.settings.fps,
-        overwrite=overwrite, caption=shots[0].prompt, first=shots[0].first, last=shots[-1].last,
-        about=about, unfinished=parts if total > 1 else None,
-    )  # fmt: skip
-    if len(shots) > 1:
-        storyboard(shots, rows).save(storyboard_of(out))
-    if parts.exists():
-        shutil.rmtree(parts)
-
-
-def check_film(shots: list[Shot], out: str | Path, overwrite: bool, resume: bool) -> None:
-    """Raise before the work what would be raised after it: FileExistsError for names that are
-    taken, or for clips of an interrupted film that neither `resume` nor `overwrite` is for."""
-    check_output(out, overwrite)
-    if len(shots) > 1:
-        check_output(storyboard_of(out), overwrite)
-    if parts_of(out).exists() and not (resume or overwrite):
-        raise FileExistsError(f"{parts_of(out)} holds clips of an interrupted {out}; go on with "
-                              "--resume, or begin anew with --overwrite")  # fmt: skip
-
-
-def parts_of(out: str | Path) -> Path:
-    """The folder of a film's finished clips, until all are there."""
-    path = Path(out)
-    return path.with_name(f"{path.name}.parts")
-
-
-def storyboard_of(out: str | Path) -> Path:
-    path = Path(out)
-    return path.with_name(f"{path.stem}_storyboard.png")
-
-
-def memory(folder: Path, identity: str) -> Callable[..., Tensor]:
-    """remember(make, *key): what make() gave for this key once before, or else make() now.
-
-    A tensor is a file in the folder, whose name is a hash of all that it is made from: the
-    identity (of the model, say) and the key. So a film that was interrupted goes on where it
-    stopped, and of one whose story was changed only what the change concerns is made anew.
-    """
-
-    def remember(make: Callable[[], Tensor], *key) -> Tensor:
-        digest = hashlib.sha256(identity.encode())
-        for part in key:
-            is_tensor = torch.is_tensor(part)
-            digest.update(part.cpu().numpy().tobytes() if is_tensor else repr(part).encode())
-            digest.update(b";")
-        path = folder / f"{digest.hexdigest()[:24]}.npy"
-        if not path.exists():
-            made = make().cpu().numpy()
-            with whole_file(path) as file:
-                np.save(file, made)
-        return torch.from_numpy(np.load(path))
-
-    return remember
+def describe_film(model: PixelDance, shots: list[Shot], number: int = 0) -> dict:
+    """All that decides what a film of this model shows; of each picture a sha256."""
+    fields = [asdict(shot.check(model)) for shot in shots]
+    for shot in fields:
+        pixels = {name: picture.numpy().tobytes() for name, picture in shot["pictures"].items()}
+        shot["pictures"] = {name: hashlib.sha256(x).hexdigest() for name, x in pixels.items()}
+    return {"number": number, "shots": fields}
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A sha256 of all files of a model folder's parts."""
-    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    files = [file for part in parts for file in sorted((Path(folder) / part).iterdir())]
-    digests = [sha256(file) for file in files if file.is_file()]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    """A sha256 of all files of a model's parts, the folders inside its folder."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).glob("*/*") if path.is_file()):
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
-def said_of(shot: Shot, model: PixelDance) -> dict:
-    """A shot for the file's own record; of pictures, only whether there were any."""
-    told = {"prompt": shot.prompt, "first": shot.first is not None, "last": shot.last is not None}
-    return told | {"clips": shot.clips, "cut": shot.cut} | asdict(shot.how.complete(model))
+def name_parts(out: str | Path) -> Path:
+    """The folder of a film's finished clips. It is there until the film is finished."""
+    return Path(f"{Path(out)}.parts")
 
 
-def counted(clips: Iterator[Tensor], bar: Progress | None) -> Iterator[Tensor]:
-    for frames in clips:
-        if bar is not None:
-            bar.update()
-        yield frames
+def name_storyboard(out: str | Path) -> Path:
+    return Path(out).with_name(f"{Path(out).stem}_storyboard.png")
+
+
+def count_clips(out: str | Path, metadata: dict) -> int:
+    """How many clips of this film are finished, also where it was asked for in other words."""
+    file, any_words = name_parts(out) / "film.json", {"command": ""}
+    is_same = file.exists() and read_json(file) | any_words == metadata | any_words
+    return len(list(file.parent.glob("*.npy"))) if is_same else 0
+
+
+def check_film(out: str | Path, metadata: dict, overwrite: bool, resume: bool) -> int:
+    """`count_clips`, for `save_film` to go on from. Raises what stands in its way: ValueError for
+    a name that cannot be written or has clips beside it, FileExistsError for one that is taken."""
+    parts, kept = name_parts(out), count_clips(out, metadata)
+    if parts.exists() and not (overwrite or (resume and kept)):
+        advice = "the same command and --resume go on with its own film, --overwrite begins anew"
+        raise ValueError(f"{parts} holds clips of {'another' if resume else 'a'} film; {advice}")
+    for name in [out, name_storyboard(out)][: len(metadata["shots"])]:
+        check_output(name, overwrite or kept > 0)  # a film that was killed at its end has left it
+    return kept
+
+
+def save_film(model: PixelDance, shots: list[Shot], out, metadata: dict, make=sample_latents):
+    """Write the film to `out` (see `save_video`), and the storyboard of several shots beside it, in
+    place of what is there: ask `check_film` before.
+
+    Until both are written, OUT.parts keeps the latents of finished clips; from them another call
+    makes the same film bit for bit. metadata: `describe_film`'s and what else the video shall keep.
+    """
+    parts, count, rows = name_parts(out), itertools.count(), [[] for _ in shots]
+    if not count_clips(out, metadata):
+        shutil.rmtree(parts, ignore_errors=True)
+
+    def read_or_make(model: PixelDance, *arguments) -> Tensor:
+        path = parts / f"{next(count):04d}.npy"
+        if not path.exists():
+            z_0 = make(model, *arguments).cpu().numpy()
+            write_json(parts / "film.json", metadata)
+            with whole_file(path) as file:
+                np.save(file, z_0)
+        return torch.from_numpy(np.load(path)).to(model.device)
+
+    frames = decode_film(model, shots, film(model, shots, metadata["number"], read_or_make), rows)
+    beside = {"first": shots[0].pictures.get("first"), "last": shots[-1].pictures.get("last")}
+    beside |= {"caption": shots[0].prompt}  # what a film strip shows beside the frames
+    save_video(frames, out, model.settings.fps, overwrite=True, metadata=metadata, **beside)
+    if len(shots) > 1:
+        storyboard(shots, rows).save(name_storyboard(out))
+    shutil.rmtree(parts, ignore_errors=True)

@@ -1,145 +1,110 @@
-"""Weights in and out: .safetensors, .ckpt, a folder of the hub; and the rules that rename tensors.
+"""Names of older checkpoints -> ours: latent-diffusion's (LDM), in Stable Diffusion's single files
+and the video models made from it, OpenCLIP's, and the hub's autoencoders' of before 2023.
 
-Our modules are named as the hub's checkpoints name theirs, so Stable Diffusion's and ModelScope's
-files load with no rule at all. The rules below are for checkpoints in the older LDM layout.
-
-    bytes <-> tensors     load_safetensors, save_safetensors, load_weights
-    config.json <-> dict  read_config, write_config
-    tensors -> module     load_into: strict, so that a wrong file is an error, not a bad picture
-    old names -> ours     unet_from_ldm, vae_from_ldm, vae_attention_names, text_from_openclip
-
-A file from the internet is not trusted: pickled code is refused, and every offset is checked.
-Read `clip.py` before this file, `data.py` after it. Not here: downloads; resuming a training run.
+All rules of a table are applied in order. A name that no rule knows passes unchanged, and
+`load_into` reports it.
 """
 
 import re
 
 from torch import Tensor
 
-# ---- old names to ours ---------------------------------------------------------------------------
-# Dict to dict. A name that no rule knows passes unchanged, so that `load_into` reports it; a name
-# that is ours already passes unchanged too.
+LAYER = r"^(mid_block|down_blocks\.\d|up_blocks\.\d)\.(\d)"
+RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"}
+RESNET |= {"out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+RESNET_NAMES = "|".join(map(re.escape, RESNET))
+UNET_RULES = (
+    (r"^time_embed\.([02])\.", lambda m: f"time_embedding.linear_{int(m[1]) // 2 + 1}."),
+    (r"^input_blocks\.0\.0\.", "conv_in."),
+    (r"^(input_blocks\.0\.1|init_attn\.0)\.", "transformer_in."),  # ModelScope's, VideoCrafter's
+    (r"^out\.0\.", "conv_norm_out."),
+    (r"^out\.2\.", "conv_out."),
+    # PATH.PLACE.PART: the places of a path run through all levels, three to a level, after conv_in.
+    # Parts: 0 is a layer's resnet, 1 its attention, 2 its temporal attention, the last its sampler.
+    (r"^input_blocks\.(\d+)", lambda m: "down_blocks.{}.{}".format(*divmod(int(m[1]) - 1, 3))),
+    (r"^output_blocks\.(\d+)", lambda m: "up_blocks.{}.{}".format(*divmod(int(m[1]), 3))),
+    # The middle has no parts: resnet, attention, a video's temporal attention, resnet.
+    (r"^middle_block\.(\d)\.(?=norm|proj|transformer)", r"mid_block.0.\1."),
+    (r"^middle_block\.(\d)\.", lambda m: f"mid_block.{min(int(m[1]), 1)}.0."),
+    # BLOCK.LAYER.PART: "temporal" is misspelt in every published file.
+    (rf"{LAYER}\.0\.({RESNET_NAMES})\.", lambda m: f"{m[1]}.resnets.{m[2]}.{RESNET[m[3]]}."),
+    (rf"{LAYER}\.0\.temopral_conv\.", r"\1.temp_convs.\2."),
+    (rf"{LAYER}(\.\d)?\.op\.", r"\1.downsamplers.0.conv."),
+    (rf"{LAYER}(\.\d)?\.conv\.", r"\1.upsamplers.0.conv."),
+    (rf"{LAYER}\.1\.", r"\1.attentions.\2."),
+    (rf"{LAYER}\.2\.", r"\1.temp_attentions.\2."),
+)
+VAE_RULES = (
+    (r"\.down\.(\d)\.", r".down_blocks.\1."),
+    # the decoder runs through its levels backwards: LDM calls its first one 3, diffusers 0
+    (r"\.up\.(\d)\.", lambda m: f".up_blocks.{3 - int(m[1])}."),
+    (r"_blocks\.(\d)\.block\.", r"_blocks.\1.resnets."),
+    (r"\.(down|up)sample\.", r".\1samplers.0."),
+    (r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+    # the attention: q, k, v and proj_out in LDM; query, key, value and proj_attn on the hub, once
+    (r"\.attentions\.0\.norm\.", ".attentions.0.group_norm."),
+    (r"\.attentions\.0\.([qkv])(?:uery|ey|alue)?\.", r".attentions.0.to_\1."),
+    (r"\.attentions\.0\.proj_(?:out|attn)\.", ".attentions.0.to_out.0."),
+)
+OPENCLIP_RULES = (
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_(fc|proj)\.", lambda m: f".mlp.fc{1 if m[1] == 'fc' else 2}."),
+    (r"\.attn\.", ".self_attn."),
+)
 
-UNET_TOP = {"time_embed.0.": "time_embedding.linear_1.",
-            "time_embed.2.": "time_embedding.linear_2.",
-            "input_blocks.0.0.": "conv_in.", "input_blocks.0.1.": "transformer_in.",
-            "init_attn.0.": "transformer_in.", "out.0.": "conv_norm_out.", "out.2.": "conv_out."}
 
-
-RESNET_PARTS = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-                "out_layers.0": "norm2", "out_layers.3": "conv2",
-                "skip_connection": "conv_shortcut"}
-
-
-VAE_RULES = ((r"\.down\.(\d)\.", r".down_blocks.\1."),
-             (r"\.up\.(\d)\.", lambda match: f".up_blocks.{3 - int(match[1])}."),  # LDM counts back
-             (r"_blocks\.(\d)\.block\.", r"_blocks.\1.resnets."),
-             (r"\.(down|up)sample\.", r".\1samplers.0."),
-             (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-             (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-             (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
-             (r"\.nin_shortcut\.", ".conv_shortcut."),
-             (r"coder\.norm_out\.", "coder.conv_norm_out."))
-
-
-VAE_ATTENTION = {  # LDM's names, then those of diffusers before 2023
-    "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
-    "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-TEXT_TOP = {"token_embedding.weight": "embeddings.token_embedding.weight",
-            "positional_embedding": "embeddings.position_embedding.weight",
-            "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias"}
-
-
-TEXT_PARTS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-              "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-
-
-def _below(tensors, prefix):
-    """The tensors whose names start with the prefix, without it; all tensors where none does."""
-    below = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    return below or tensors
-
-
-def unet_from_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The UNet of SD 2.x, ModelScope's original, VideoCrafter2 or DynamiCrafter, renamed [SD].
-
-    Also of a whole LDM checkpoint, which has it as `model.diffusion_model.*`. Tensors that our UNet
-    has no place for (`fps_embedding.*`, `attn2.to_k_ip`, `attn2.to_v_ip`) stay in the dict."""
+def rename(tensors: dict[str, Tensor], prefix: str, rules) -> dict[str, Tensor]:
+    """Rename the part of a checkpoint whose names start with the prefix, or all if none does."""
+    part = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     renamed = {}
-    for name, tensor in _below(tensors, "model.diffusion_model.").items():
-        if name.endswith(("proj_in.weight", "proj_out.weight")) and tensor.ndim == 3:
-            tensor = tensor.squeeze(-1)  # a Conv1d of width 1 there, a Linear here
-        renamed[_unet_name(name)] = tensor
+    for name, tensor in (part or tensors).items():
+        for old, new in rules:
+            name = re.sub(old, new, name)
+        renamed[name] = tensor
     return renamed
 
 
-def _unet_name(name):
-    for old, new in UNET_TOP.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    match = re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)\.(?:(\d+)\.)?(.+)", name)
-    if match is None:
-        return name
-    stack, i, kind, rest = match[1], int(match[2]), match[3], match[4]
-    part = next((old for old in RESNET_PARTS if rest.startswith(old + ".")), None)
-    temporal_conv = rest.startswith("temopral_conv.")  # the published spelling
-    if stack == "input":  # 0 is conv_in; then three places a block, the third for the downsampler
-        block, layer = f"down_blocks.{(i - 1) // 3}", (i - 1) % 3
-    elif stack == "output":
-        block, layer = f"up_blocks.{i // 3}", i % 3
-    else:  # a resnet, an attention, where it is a video's a temporal attention, a resnet
-        block, layer, kind = "mid_block", int(i > 0 and bool(part or temporal_conv)), match[2]
-    if part:
-        return f"{block}.resnets.{layer}.{RESNET_PARTS[part]}{rest.removeprefix(part)}"
-    if temporal_conv:
-        return f"{block}.temp_convs.{layer}.{rest.removeprefix('temopral_conv.')}"
-    if rest.startswith("op."):
-        return f"{block}.downsamplers.0.conv.{rest.removeprefix('op.')}"
-    if rest.startswith("conv."):
-        return f"{block}.upsamplers.0.{rest}"
-    return f"{block}.{'temp_attentions' if kind == '2' else 'attentions'}.{layer}.{rest}"
+def unet_from_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the UNet of SD 2.x, ModelScope's original, VideoCrafter2 or DynamiCrafter [SD]."""
+    renamed = rename(tensors, "model.diffusion_model.", UNET_RULES)
+    # three sides: a Conv1d of width 1 there, a Linear here
+    return {name: x.squeeze(-1) if x.ndim == 3 else x for name, x in renamed.items()}
 
 
 def vae_from_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The autoencoder of an LDM checkpoint, whole or cut out, under our names [SD]."""
+    """Rename an autoencoder of LDM, or of the hub before 2023, as the hub has it now [SD]."""
+    renamed = rename(tensors, "first_stage_model.", VAE_RULES)
+    # in the attention: a 1x1 convolution there, a Linear here
+    flat = {k: x.flatten(1) for k, x in renamed.items() if ".attentions." in k and x.ndim == 4}
+    return renamed | flat
+
+
+def text_from_any(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Rename a text tower of the hub, also inside LDM's file, or of OpenCLIP: `layers` blocks [SD].
+
+    SD 2.x takes c_text after block 23 of OpenCLIP's 24, so the hub's files, and ours, lack the last
+    one. What is not of the text tower is dropped: the image tower, projections, logit_scale.
+    """
+    if not any(name.endswith("transformer.resblocks.0.ln_1.weight") for name in tensors):
+        rules = [(r"^(text_model\.)?", "text_model.")]  # transformers 5 writes no `text_model.`
+        tensors = rename(tensors, "cond_stage_model.transformer.", rules)
+        # files of older versions hold 0 ... 76 as position_ids
+        return {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
     renamed = {}
-    for name, tensor in _below(tensors, "first_stage_model.").items():
-        if ".mid.attn_1." in name and tensor.ndim == 4:
-            tensor = tensor.flatten(1)  # 1x1 convs there, Linear here
-        for old, new in VAE_RULES:
-            name = re.sub(old, new, name)
-        renamed[name] = tensor
-    return vae_attention_names(renamed)
-
-
-def vae_attention_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An autoencoder's attention as diffusers names it today; SD's files on the hub still have
-    query, key, value and proj_attn [hub format]."""
-    def today(match):
-        return f".attentions.0.{VAE_ATTENTION.get(match[1], match[1])}.{match[2]}"
-    return {re.sub(r"\.attentions\.0\.(\w+)\.(weight|bias)$", today, name): t
-            for name, t in tensors.items()}
-
-
-def text_from_openclip(tensors: dict[str, Tensor], layers: int = 23) -> dict[str, Tensor]:
-    """The first `layers` blocks of OpenCLIP's text tower under the hub's names [SD].
-
-    SD 2.x takes c_text after block 23 of 24, so the hub's files, and ours, lack the last.
-    A whole LDM checkpoint has the tower as `cond_stage_model.model.*`. The image side, projections
-    and logit_scale are dropped."""
-    renamed = {}
-    for name, tensor in _below(tensors, "cond_stage_model.model.").items():
-        if name in TEXT_TOP:
-            renamed[f"text_model.{TEXT_TOP[name]}"] = tensor
-        match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name)
-        if match is None or int(match[1]) >= layers:
+    for name, tensor in rename(tensors, "cond_stage_model.model.", OPENCLIP_RULES).items():
+        block = re.match(r"text_model\.encoder\.layers\.(\d+)\.", name)
+        if not name.startswith("text_model.") or (block and int(block[1]) >= layers):
             continue
-        block, part, kind = f"text_model.encoder.layers.{match[1]}", match[2], match[3]
-        if part == "attn.in_proj":  # queries, keys and values, one above the other
+        if ".in_proj_" in name:  # queries, keys and values in one tensor, stacked in rows
             for letter, third in zip("qkv", tensor.chunk(3)):
-                renamed[f"{block}.self_attn.{letter}_proj.{kind}"] = third
+                renamed[name.replace("in_proj_", f"{letter}_proj.")] = third
         else:
-            renamed[f"{block}.{TEXT_PARTS.get(part, part)}.{kind}"] = tensor
+            renamed[name] = tensor
     return renamed

@@ -1,4 +1,4 @@
-"""Claims of `tinydance/latents.py`: a cache is the same training, and is never the wrong one."""
+"""Claims of `tinydance/data/cache.py`: a cache is the same training, and never the wrong one."""
 
 import json
 import os
@@ -11,15 +11,14 @@ from reference import difference, tiny_model
 from test_video import make_video
 from tiny_training import tiny_train
 
-from tinydance.data import cache as latents
-from tinydance.data.open import open_source
-from tinydance.data.order import Files, Mixture
-from tinydance.data.cache import Latents, fingerprint, shard_path, write_cache
-from tinydance.vae import draw_latents
-from tinydance.noise import draw, generator
+from tinydance.config import make_config
+from tinydance.data import cache as cache_module
+from tinydance.data.cache import Latents, find_caches, fingerprint_vae, shard_path, write_cache
 from tinydance.data.index import Folder
-from tinydance.video.strips import pixels_of
-from tinydance.vae import to_pixels
+from tinydance.data.open import open_source
+from tinydance.data.order import Files, Mixture, collect_words
+from tinydance.noise import draw, generator
+from tinydance.vae import draw_latents, to_pixels
 
 SIZE = (16, 16)
 
@@ -46,21 +45,32 @@ def model(tmp_path_factory):
 def cache(videos, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "new"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents, "SHARD", 2)  # three shards
-        assert write_cache(files(videos), model[0].vae, folder, "videos")
+        patch.setattr(cache_module, "SHARD", 2)  # three shards
+        list(write_cache(files(videos), model[0].vae, folder, "videos"))
     return folder
 
 
-def files(root, **how):
-    return Files(Folder(root), SIZE, frames=4, starts="grid", **how)
+def files(root, **settings):
+    return Files(Folder(root), SIZE, frames=4, starts="grid", **settings)
+
+
+def cached_files(folder, **settings):
+    return Files(Latents(folder, SIZE, fps=4), SIZE, frames=4, starts="grid", **settings)
+
+
+def open_data(data, **fields):
+    """A source as `--data` opens it."""
+    size = {"height": SIZE[0], "width": SIZE[1], "frames": 4}
+    return open_source(make_config("paper", data=str(data), **(size | fields)))
 
 
 def test_a_cached_clip_is_the_online_one_with_its_own_random_start(videos, model, cache):
-    vae, online, cached = model[0].vae, files(videos, seed=3), Latents(cache, SIZE, 4, seed=3)
-    assert len(cached) == 5
+    vae, online, cached = model[0].vae, files(videos, seed=3), open_data(cache, seed=3)
+    assert len(cached) == 5 and collect_words(cached) == collect_words(online)
     starts = set()
     for n in range(25):
-        for a, b in ((online.clip(n), cached.clip(n)), (online.frame(n), cached.frame(n))):
+        for kind in ("first", "any", "clip"):
+            a, b = online.sample(n, kind), cached.sample(n, kind)
             assert a[1:] == b[1:] and a.caption.startswith("a red circle, ")
             eps = draw([generator("x", n)], len(a.frames), 4, 8, 8)
             z_0 = vae.encode_video(to_pixels(a.frames[None]), eps)
@@ -68,17 +78,19 @@ def test_a_cached_clip_is_the_online_one_with_its_own_random_start(videos, model
             assert difference(draw_latents(b.frames[None].float(), eps), z_0) < 2e-3
         starts.add((b.name, tuple(b.frames[0, 0, 0].tolist())))
     assert len(starts) > 12
-    assert sum(cached.clip(n).counts["padded"] for n in range(5)) == 1
-    rejecting = Latents(cache, SIZE, 4, seed=3, short="reject")
-    assert all(rejecting.clip(n).name != "1.mp4" for n in range(10))
+    assert sum(cached.sample(n).counts["padded"] for n in range(5)) == 1
+    rejecting = open_data(cache, seed=3, short="reject")
+    assert all(rejecting.sample(n).name != "1.mp4" for n in range(10))
 
 
 def test_training_from_a_cache_has_the_losses_of_training_online(videos, model, cache, tmp_path):
     common = {"init": str(model[1]), "starts": "grid", "image_every": 3, "video_steps": 6}
     tiny_train("video", data=str(videos), out=str(tmp_path / "online"), **common)
     tiny_train("video", data=str(cache), out=str(tmp_path / "cached"), **common)
-    lines = [(tmp_path / name / "video" / "log.jsonl").read_text().splitlines()
-             for name in ("online", "cached")]
+    lines = [
+        (tmp_path / name / "video" / "log.jsonl").read_text().splitlines()
+        for name in ("online", "cached")
+    ]
     for one, other in zip(*(map(json.loads, some) for some in lines), strict=True):
         assert one["kind"] == other["kind"]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
@@ -86,35 +98,41 @@ def test_training_from_a_cache_has_the_losses_of_training_online(videos, model, 
 
 
 def test_cached_clips_are_shown_as_pixels_also_in_bfloat16(videos, model, cache):
-    online, cached = files(videos), Latents(cache, SIZE, 4)
+    online, cached, vae = files(videos), cached_files(cache), model[0].vae
+    moments, frames = (
+        torch.stack([source.sample(n).frames for n in range(5)]) for source in (cached, online)
+    )
     with torch.autocast("cpu", torch.bfloat16):  # on CPUs it knows no float16
-        shown = pixels_of(model[0], [cached.clip(n).frames for n in range(5)])
-    assert shown.shape == (5, 4, 3, *SIZE)
-    frames = [online.clip(n).frames for n in range(5)]
-    assert torch.equal(pixels_of(model[0], frames), to_pixels(torch.stack(frames)))
+        assert vae.decode_frames(moments).shape == (5, 4, 3, *SIZE)
+    assert torch.equal(vae.decode_frames(frames), to_pixels(frames))
 
 
 def test_an_interrupted_cache_goes_on_where_it_stopped(videos, model, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents, "SHARD", 2)
-    asked = []
-    done = write_cache(files(videos), model[0].vae, tmp_path, "videos",
-                       stopping=lambda: asked.append(1) or len(asked) > 4)
-    assert not done and shard_path(tmp_path, 0).exists() and not shard_path(tmp_path, 1).exists()
+    monkeypatch.setattr(cache_module, "SHARD", 2)
+    for written in write_cache(files(videos), model[0].vae, tmp_path, "videos"):
+        if written.done == 3:  # in the midst of a shard
+            break
+    assert shard_path(tmp_path, 0).exists() and not shard_path(tmp_path, 1).exists()
     with pytest.raises(ValueError, match="1 of 3 shards"):
         Latents(tmp_path, SIZE, 4)
     begun = os.stat(shard_path(tmp_path, 0)).st_mtime_ns
-    assert write_cache(files(videos), model[0].vae, tmp_path, "videos")
+    steps = list(write_cache(files(videos), model[0].vae, tmp_path, "videos"))
+    assert [(step.done, step.total) for step in steps] == [(2, 5), (3, 5), (4, 5), (5, 5)]
     assert os.stat(shard_path(tmp_path, 0)).st_mtime_ns == begun
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        path.name for path in cache.iterdir())
+        path.name for path in cache.iterdir()
+    )
     for path in cache.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
 def test_two_ranks_with_workers_write_the_same_cache(videos, model, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents, "SHARD", 2)
+    monkeypatch.setattr(cache_module, "SHARD", 2)
     for rank in (0, 1):
-        assert write_cache(files(videos), model[0].vae, tmp_path, "videos", rank, 2, workers=rank)
+        steps = list(
+            write_cache(files(videos), model[0].vae, tmp_path, "videos", rank, 2, workers=rank)
+        )
+        assert [step.done for step in steps] == [[0, 1, 2, 3], [0, 1, 2]][rank]
     for path in cache.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
@@ -122,22 +140,23 @@ def test_two_ranks_with_workers_write_the_same_cache(videos, model, cache, tmp_p
 def test_a_bad_video_is_left_out_and_many_end_the_work(videos, model, tmp_path):
     shutil.copytree(videos, tmp_path / "mixed")
     (tmp_path / "mixed" / "bad.mp4").write_bytes(b"no video")
-    assert write_cache(files(tmp_path / "mixed"), model[0].vae, tmp_path / "a", "mixed")
-    assert sorted(Latents(tmp_path / "a", SIZE, 4).rows.names) == [f"{k}.mp4" for k in range(5)]
+    *_, written = write_cache(files(tmp_path / "mixed"), model[0].vae, tmp_path / "a", "mixed")
+    assert written.done == written.total == 6 and written.counts == {"not_a_video": 1}
+    assert sorted(Latents(tmp_path / "a", SIZE, 4).names) == [f"{k}.mp4" for k in range(5)]
     with pytest.raises(ValueError, match="1 not_a_video"):
-        write_cache(files(tmp_path / "mixed"), model[0].vae, tmp_path / "b", "mixed", max_bad=0)
+        list(write_cache(files(tmp_path / "mixed"), model[0].vae, tmp_path / "b", "x", max_bad=0))
 
 
 def test_a_cache_of_another_vae_or_size_is_refused(videos, model, cache, tmp_path):
     other = tiny_model().vae
     with torch.no_grad():
         other.encoder.conv_in.weight[0, 0, 0, 0] += 1e-3
-    assert fingerprint(other) != fingerprint(model[0].vae)
+    assert fingerprint_vae(other) != fingerprint_vae(model[0].vae)
     with pytest.raises(ValueError, match="a cache with other vae, shards; use another --out"):
-        write_cache(files(videos), other, cache, "videos")
+        next(write_cache(files(videos), other, cache, "videos"))
     with pytest.raises(ValueError, match="a cache with other data, rows"):
-        write_cache(Files(Folder(cache_parent(videos, tmp_path)), SIZE), model[0].vae, cache, "x")
-    with pytest.raises(ValueError, match="made for 16x16 at 4 fps, and this run is 32x16 at 4"):
+        next(write_cache(files(copy_one(videos, tmp_path)), model[0].vae, cache, "x"))
+    with pytest.raises(ValueError, match=r"fps \(16, 16, 4\); this run has \(32, 16, 4\)"):
         Latents(cache, (32, 16), 4)
     other_model = tiny_model()
     other_model.vae = other
@@ -149,10 +168,12 @@ def test_a_cache_of_another_vae_or_size_is_refused(videos, model, cache, tmp_pat
     with pytest.raises(ValueError, match="--sketch draws from pixels"):
         tiny_train("video", data=str(cache), out=str(tmp_path / "y"), sketch=True)
     with pytest.raises(ValueError, match="one source of videos"):
-        write_cache(files(videos, crop="random"), model[0].vae, tmp_path / "z", "videos")
+        next(write_cache(files(videos, crop="random"), model[0].vae, tmp_path / "z", "videos"))
+    with pytest.raises(ValueError, match="one source of videos"):
+        next(write_cache(cached_files(cache), model[0].vae, tmp_path / "z", "cache"))
 
 
-def cache_parent(videos, tmp_path):
+def copy_one(videos, tmp_path):
     """A folder of one of the videos."""
     (tmp_path / "one").mkdir()
     shutil.copy(videos / "0.mp4", tmp_path / "one")
@@ -160,13 +181,14 @@ def cache_parent(videos, tmp_path):
 
 
 def test_caches_are_mixed_with_caches_and_not_with_pixels(videos, cache):
-    both = open_source(f"{cache}:0.9|{cache}:0.1", 4, 4, SIZE)
-    assert isinstance(both, Mixture) and both.clip(0).frames.shape == (4, 8, 8, 8)
+    both = open_data(f"{cache}:0.9|{cache}:0.1")
+    assert isinstance(both, Mixture) and both.sample(0).frames.shape == (4, 8, 8, 8)
+    assert len(find_caches(both)) == 2 and find_caches(files(videos)) == []
     with pytest.raises(ValueError, match="mix caches with caches"):
-        open_source(f"{cache}:0.9|{videos}:0.1", 4, 4, SIZE)
-    beside = open_source(str(cache), 4, 4, SIZE, images="toyworld")
-    assert beside.clip(0).frames.dtype == torch.float16
-    assert beside.frame(0).frames.dtype == torch.uint8
+        open_data(f"{cache}:0.9|{videos}:0.1")
+    beside = open_data(cache, images="toyworld")
+    assert beside.sample(0).frames.dtype == torch.float16
+    assert beside.sample(0, "first").frames.dtype == torch.uint8
 
 
 def test_the_stages_latents_and_inspect_say_what_they_did(videos, model, tmp_path, capsys):
@@ -179,8 +201,15 @@ def test_the_stages_latents_and_inspect_say_what_they_did(videos, model, tmp_pat
     tiny_train("inspect", data=str(videos), out=str(tmp_path / "x"))
     told = capsys.readouterr().out
     (Path(videos) / "bad.mp4").unlink()
-    for words in ("6 videos, 1 without caption", "the headers of 6 of 6", "1 shorter than a clip",
-                  "1 not_a_video, such as", "0.6 to 4.4", "25 to 25", "a red circle, 3"):
+    for words in (
+        "6 videos, 1 without caption",
+        "the headers of 6 of 6",
+        "1 shorter than a clip",
+        "1 not_a_video, such as",
+        "0.6 to 4.4",
+        "25 to 25",
+        "a red circle, 3",
+    ):
         assert words in told, told
     assert (tmp_path / "x" / "inspect.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="needs a VAE: give --init"):
