@@ -294,8 +294,8 @@ class Counting:
 
     def sample(self, n, kind="clip"):
         pixels = torch.full((1, 3, 2, 2), n % 256, dtype=torch.uint8)
-        conditions = {"edges": pixels[:, :1] / 255}
-        return Sample(pixels, kind, (self.name, self.seed, n), conditions=conditions)
+        instructions = {"edges": pixels[:, :1] / 255}
+        return Sample(pixels, kind, (self.name, self.seed, n), instructions=instructions)
 
     def leaves(self):
         return [self]
@@ -409,11 +409,11 @@ def test_batches_of_any_frame_are_not_those_that_clips_begin_with():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_conditions_of_samples_are_stacked_by_name(workers):
+def test_the_instructions_of_samples_are_stacked_by_name(workers):
     [batch] = batches(Counting("a"), 2, 3, 4, workers=workers)
-    assert list(batch.conditions) == ["edges"]
-    assert torch.equal(batch.conditions["edges"], batch.frames[:, :, :1] / 255)
-    assert next(batches(ToyWorld(0), 0, 1, 2)).conditions == {}
+    assert list(batch.instructions) == ["edges"]
+    assert torch.equal(batch.instructions["edges"], batch.frames[:, :, :1] / 255)
+    assert next(batches(ToyWorld(0), 0, 1, 2)).instructions == {}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

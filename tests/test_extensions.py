@@ -64,7 +64,7 @@ def test_training_and_sampling_ask_the_network_the_same_for_the_same_inputs(monk
     monkeypatch.setattr(training, "ask", ask)
     depth = latents(2, 4, 1, 8, 8)
     batch = Batch(0, make_frames(2, 4), ["a red circle", "blue"], [3, 4], ["", ""])
-    batch = batch._replace(conditions={"depth": depth})
+    batch = batch._replace(instructions={"depth": depth})
     DiffusionLoss(model, make_config("toy", **FIELDS))(batch)
     [(z_t, t, c_text, conditions)] = asked
     for k in range(2):  # a clip alone, as its diffusion time is its own
@@ -105,7 +105,7 @@ def test_a_further_instruction_stays_where_the_last_frame_goes():
 def test_a_further_instruction_reaches_the_network_when_training(f):
     model, depth = make_deep_model(), latents(3, 4, 1, 8, 8)
     batch = Batch(0, make_frames(3, f), ["a", "red", "blue"], [0, 1, 2], ["x", "y", "z"])
-    batch = batch._replace(conditions={"depth": depth}).part(slice(1, 3), "cpu")
+    batch = batch._replace(instructions={"depth": depth}).part(slice(1, 3), "cpu")
     assert (batch.captions, batch.sample_ids, batch.names) == (["red", "blue"], [1, 2], ["y", "z"])
     loss = DiffusionLoss(model, make_config("toy", **FIELDS))(batch)["loss"]
     [(z, _, _)] = model.unet.seen

@@ -24,7 +24,7 @@ from tinydance.model import Batch, PixelDance
 from tinydance.run import log as log_module
 from tinydance.run.checkpoints import checkpoints
 from tinydance.run.fit import fit
-from tinydance.run.start import compiler_works
+from tinydance.run.stages import compiler_works
 from tinydance.sampling import sample_frames
 from tinydance.schedulers import add_noise
 from tinydance.toy import SHIPPED, ToyWorld, World
@@ -240,9 +240,8 @@ def test_the_image_stage_leaves_what_stable_diffusion_is(straight):
     assert weights["conv_in.weight"].shape[1] == 4
     assert not any(is_temporal(name) for name in weights)
     start = UNet.from_folder(folder)
-    assert all(difference(start.state_dict()[name][:, :4] if name == "conv_in.weight"
-                          else start.state_dict()[name], weight) == 0
-               for name, weight in weights.items())  # fmt: skip
+    begins = start.state_dict() | {"conv_in.weight": start.conv_in.weight[:, :4]}
+    assert all(difference(begins[name], weight) == 0 for name, weight in weights.items())
     assert not start.conv_in.weight[:, 4:].any()
     assert PixelDance.from_folder(straight / "image" / "model").settings.frames == 1
 
@@ -254,8 +253,8 @@ def test_the_shipped_image_model_does_not_know_the_latents_of_another_vae(tmp_pa
 
 
 def test_another_prediction_than_the_image_models_is_noted(straight, tmp_path, capsys):
-    tiny_train("video", out=str(tmp_path), init=str(straight / "image" / "model"),
-               prediction_type="epsilon", video_steps=1)  # fmt: skip
+    changes = {"init": str(straight / "image" / "model"), "prediction_type": "epsilon"}
+    tiny_train("video", out=str(tmp_path), video_steps=1, **changes)
     assert "learned to predict v_prediction, this run epsilon" in capsys.readouterr().out
 
 
@@ -413,8 +412,8 @@ def test_two_machines_equal_one(straight, two_ranks, tmp_path):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     before_the_video_stage(straight, tmp_path)
-    launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-              f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test"]  # fmt: skip
+    launch = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test"]
+    launch += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}"]
     agents = [run_script("video", f"out={tmp_path}", ranks=2, launch=launch) for _ in range(2)]
     outputs = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
@@ -427,8 +426,8 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_undisturbed(
     before_the_video_stage(straight, tmp_path)
     launch = ["--max-restarts=3", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     # timeout: now and then gloo's first meeting after a restart never ends, and is given up for one
-    process = run_script("kill", "6", f"out={tmp_path}", "save_every=2", "timeout=0.5", ranks=2,
-                         launch=launch, script="faulty_training.py")  # fmt: skip
+    fault = ["kill", "6", f"out={tmp_path}", "save_every=2", "timeout=0.5"]
+    process = run_script(*fault, ranks=2, launch=launch, script="faulty_training.py")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and (tmp_path / "happened").exists(), output
     for part in ("objective", "ema"):
@@ -454,8 +453,8 @@ def test_an_error_on_one_rank_is_told_in_its_own_words(straight, tmp_path):
 
 def test_a_hung_rank_ends_the_run(straight, tmp_path):
     before_the_video_stage(straight, tmp_path)
-    process = run_script("hang", "3", f"out={tmp_path}", "timeout=0.1", ranks=2,
-                         script="faulty_training.py")  # fmt: skip
+    fault = ["hang", "3", f"out={tmp_path}", "timeout=0.1"]
+    process = run_script(*fault, ranks=2, script="faulty_training.py")
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "imed out" in output, output
 

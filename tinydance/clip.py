@@ -6,8 +6,7 @@ block, with 1.x OpenAI's ViT-L: the same code, told apart by config.json.
 
     list of str -> Tokenizer -> ids (n, 77) -> TextTower -> c_text (n, 77, d)
 
-Not here: the image tower, and the projection into the space that text and images share, neither of
-which PixelDance uses; how a small tower is trained (`toy/losses.py`).
+Not here: the image tower, which PixelDance does not use; how a small tower is trained.
 """
 
 import re

@@ -3,8 +3,6 @@
 The defaults are the paper's run; what the paper leaves open says so in its help text. `train.py`
 turns the fields into `--field value`; a preset sets several at once; the head of a run prints them
 all. What Schedule and Settings declare has its default there.
-
-Not here: command lines (`run/cli.py`).
 """
 
 import contextlib
@@ -46,12 +44,8 @@ class Config:
         "",
         "model folder to start from: SD 2.1's, ModelScope's, ours, 'shipped' [ours: paper silent]",
     )
-    unet: Literal["init", "toy", "small"] = option(
-        "init", "the image stage trains --init's UNet, or a new one of this size"
-    )
-    resume: Literal["auto", "none"] = free(
-        "auto", "go on from the newest whole checkpoint; none: set it aside"
-    )
+    unet: Literal["init", "toy", "small"] = option("init", "of the image stage: --init's, or new")
+    resume: Literal["auto", "none"] = free("auto", "from the newest checkpoint; none: set it aside")
     out: str = free("runs/toy", "where stages write checkpoints, samples and models")
     seed: int = option(0, "all randomness is a function of it, the step and the sample")
 
@@ -61,19 +55,17 @@ class Config:
     height: int = option(Settings.height, "pixels [paper §4.1]", low=8)
     width: int = option(Settings.width, "pixels [paper §4.1]", low=8)
     crop: Literal["centre", "random"] = option(
-        "centre", "which part of a wider picture is taken [ours: paper silent; SD]"
+        "centre", "of wider pictures [ours: paper silent; SD]"
     )
     short: Literal["pad", "reject"] = option(
-        "pad", "a video shorter than a clip: repeat its last picture, or take another video [ours]"
+        "pad", "too short a video: repeat its end, or skip [ours]"
     )
-    starts: Literal["any", "grid"] = option(
-        "any", "when a clip may start; grid: at multiples of 1 / fps, as from cached latents"
-    )
+    starts: Literal["any", "grid"] = option("any", "of clips; grid: at multiples of 1 / fps [ours]")
 
     # diffusion
     num_train_timesteps: int = option(Schedule.num_train_timesteps, "T [paper §4.1]", low=1)
     beta_schedule: Literal["scaled_linear", "linear"] = option(
-        Schedule.beta_schedule, "[ours: paper silent; SD], or linear [DDPM]"
+        Schedule.beta_schedule, "[ours: paper silent; SD], or [DDPM]"
     )
     beta_start: float = option(Schedule.beta_start, "[ours: paper silent; SD]")
     beta_end: float = option(Schedule.beta_end, "[ours: paper silent; SD]")
@@ -81,22 +73,15 @@ class Config:
         Schedule.prediction_type, "what the network learns to answer [paper §4.1]"
     )
     timestep_spacing: Literal["leading", "trailing"] = option(
-        Schedule.timestep_spacing,
-        "of sampling; trailing begins at the purest noise [ours: paper silent; SD]",
+        Schedule.timestep_spacing, "trailing begins at the purest noise [ours: paper silent; SD]"
     )
     steps: int = free(Settings.steps, "of sampling [ours: paper silent; ModelScope]", low=1)
-    guidance: float = free(
-        Settings.guidance, "of sampling; 1 is off [ours: paper silent; DynamiCrafter]"
-    )
-    tau: float = free(
-        Settings.tau, "share of steps that sees the last frame [paper Fig. 7]", high=1
-    )
+    guidance: float = free(Settings.guidance, "1: off [ours: paper silent; DynamiCrafter]")
+    tau: float = free(Settings.tau, "share of steps that see the last frame [Fig. 7]", high=1)
 
     # the instructions
     eta: float = option(0.25, "share of last frames dropped in training [paper §3.2]", high=1)
-    cond_noise_t: int = option(
-        Settings.cond_noise_t, "diffusion steps of noise on c_image [paper §4.1]", high=999
-    )
+    cond_noise_t: int = option(Settings.cond_noise_t, "noise on c_image [paper §4.1]", high=999)
     text_drop: float = option(0.1, "share of captions dropped [ours: paper silent; SD]", high=1)
     sketch: bool = option(False, "show last frames as edge drawings [paper §4.5]")
     image_every: int = option(8, "one step of this many is a batch of images [paper §4.1]")
@@ -106,7 +91,7 @@ class Config:
     image_batch: int = option(1536, "images an image step [ours: paper silent; 8 x batch]", low=1)
     micro_batch: int = free(0, "clips at once on a rank, whose gradients add up; 0: all [ours]")
     train: Literal["all", "temporal"] = option(
-        "all", "or only what is new: temporal layers and conv_in [Make-Your-Video]"
+        "all", "or temporal layers, conv_in [Make-Your-Video]"
     )
     lr: float = option(5e-5, "AdamW's learning rate [ours: paper silent; ModelScope]")
     vae_lr: float = option(1e-4, "of the VAE stage [ours]")
@@ -123,9 +108,7 @@ class Config:
 
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = free("auto", "auto: cuda before mps before cpu")
-    dtype: Literal["auto", "float32", "bfloat16"] = free(
-        "auto", "of autocast; weights stay float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = free("auto", "in products; weights are float32")
     compile: Literal["auto", "on", "off"] = free("auto", "torch.compile; auto: on with CUDA")
     zero: bool = free(False, "each rank keeps a share of Adam's moments [ZeRO, stage 1]")
     gradient_checkpointing: bool = free(False, "less memory for a third more time")

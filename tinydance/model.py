@@ -1,11 +1,9 @@
 """PixelDance in one place: the parts of a model, how it samples, what it is trained on, its folder.
 
 A model is a folder in the layout of the hub: `unet/ vae/ text_encoder/ tokenizer/ scheduler/`, each
-with its config and weights. Stable Diffusion 2.1, ModelScope's text-to-video and our own runs are
-all read by `PixelDance.from_folder`. What has no place there (the clip's shape, how to sample by
-default) stands in `pixeldance.json`.
-
-Not here: how the files are decoded (`weights/`).
+with its config and weights. `PixelDance.from_folder` reads Stable Diffusion 2.1, ModelScope's
+text-to-video and our own runs. What has no place there (the clip's shape, how to sample by default)
+stands in `pixeldance.json`.
 """
 
 import math
@@ -25,14 +23,8 @@ from tinydance.weights import load_into, pick, read_config, read_json, write_jso
 from tinydance.weights.ldm import vae_from_ldm
 
 # OpenCLIP's ViT-H/14 without its last block [SD 2]; "!" (id 0) pads.
-SD2_TEXT = TextConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=23,
-    num_attention_heads=16,
-    hidden_act="gelu",
-    pad_token_id=0,
-)
+SD2_SIZE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23}
+SD2_TEXT = TextConfig(**SD2_SIZE, num_attention_heads=16, hidden_act="gelu", pad_token_id=0)
 
 
 @dataclass(frozen=True)
@@ -60,13 +52,9 @@ class Settings:
         T = model.schedule.num_train_timesteps
         model.schedule.timesteps(self.steps)  # raises for a number of steps that cannot be
         model.latent_size(self.height, self.width)  # and this for a size
-        for name, low, high in (
-            ("frames", 1, math.inf),
-            ("guidance", 0, math.inf),
-            ("ddim_eta", 0, 1),
-            ("cond_noise_t", 0, T - 1),
-            ("seed", 0, math.inf),
-        ):
+        ranges = {"frames": (1, math.inf), "guidance": (0, math.inf), "seed": (0, math.inf)}
+        ranges |= {"ddim_eta": (0, 1), "cond_noise_t": (0, T - 1)}
+        for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not (low <= value <= high and math.isfinite(value)):
                 upper = "or more" if high == math.inf else f"to {high}"
@@ -93,10 +81,7 @@ def tau_in_steps(tau: int | float | str, steps: int) -> int:
     except ValueError:
         count = -1
     if not 0 <= count <= steps:
-        raise ValueError(
-            f"tau is {tau}; use 0 to {steps}, the number of steps, or a share of them such as 0.5 "
-            "or 50%"
-        )
+        raise ValueError(f"tau is {tau}; use 0 to {steps} steps, or a share of them: 0.5 or 50%")
     return count
 
 
@@ -149,8 +134,7 @@ class PixelDance:
         return cls(unet.eval(), vae.eval(), tower.eval(), tokenizer, Schedule())
 
     def save(self, path, dtype: torch.dtype | None = None, spatial: bool = False) -> None:
-        """Write the folder; dtype (say torch.float16) is that of the weights on disk. spatial: as
-        an image model, see `UNet.save`."""
+        """Write the folder; dtype: of the weights on disk; spatial: as an image model."""
         path = Path(path)
         self.unet.save(path / "unet", dtype, spatial)
         self.vae.save(path / "vae", dtype)
@@ -189,7 +173,7 @@ class Sample(NamedTuple):
     caption: str
     name: str  # where it comes from, for messages
     counts: Counter = Counter()  # what happened on the way to it, such as {"damaged": 1}
-    conditions: dict[str, Tensor] = {}  # further instructions (f, c, h, w), by name
+    instructions: dict[str, Tensor] = {}  # further ones (f, c, h, w), by name
 
 
 class Batch(NamedTuple):
@@ -201,7 +185,7 @@ class Batch(NamedTuple):
     sample_ids: list[int]  # global numbers, from which all randomness of a sample comes
     names: list[str]
     counts: Counter = Counter()  # over the samples
-    conditions: dict[str, Tensor] = {}  # (b, f, c, h, w)
+    instructions: dict[str, Tensor] = {}  # (b, f, c, h, w)
 
     def part(self, rows: slice, device) -> "Batch":
         """Some of the samples, on the device."""
@@ -209,9 +193,9 @@ class Batch(NamedTuple):
         def move(tensor: Tensor) -> Tensor:
             return tensor[rows].to(device, non_blocking=True)
 
-        conditions = {name: move(c) for name, c in self.conditions.items()}
+        instructions = {name: move(given) for name, given in self.instructions.items()}
         lists = self.captions[rows], self.sample_ids[rows], self.names[rows]
-        return Batch(self.step, move(self.frames), *lists, self.counts, conditions)
+        return Batch(self.step, move(self.frames), *lists, self.counts, instructions)
 
 
 def read_schedule(folder) -> Schedule:

@@ -6,7 +6,7 @@
 
 The denoiser is a closure around the network. It alone knows of guidance and of tau [paper Eq. 2];
 samplers see a function of (z_t, t, i). `sample` is a generator that yields every z_t, as
-`training.training_steps` yields every step: who iterates it may look at all of them.
+`training.training_steps` yields every step.
 
 Text alone works too: the same network first makes one frame, with its temporal layers off, and that
 is the clip's first-frame instruction. Long videos are chains of clips [paper §4.4].

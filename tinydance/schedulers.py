@@ -45,10 +45,8 @@ class Schedule:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {allowed}")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError(
-                "rescale_betas_zero_snr needs prediction_type v_prediction: at zero signal, "
-                "epsilon says nothing about the picture"
-            )
+            # At zero signal, epsilon says nothing about the picture.
+            raise ValueError("rescale_betas_zero_snr needs prediction_type v_prediction")
 
     @cached_property
     def alpha_bar(self) -> Tensor:

@@ -5,8 +5,7 @@ loop, on a laptop and under torchrun on many machines the same: a generator that
 step, as a sampler yields every z_t. Who iterates it decides what to log, save and draw, and when
 to stop (`run/fit.py`), so that none of that stands between you and the step.
 
-Not here: which stages there are (`run/stages.py`); weights sharded over devices (the optimizer's
-state can be).
+Not here: which stages there are (`run/stages.py`); weights sharded over devices.
 """
 
 import contextlib
@@ -88,7 +87,7 @@ class DiffusionLoss(nn.Module):
         alpha_bar_c = noise_level(schedule, config.cond_noise_t)
         # 3. with probability eta it is dropped.
         keep_last = (u_last >= config.eta).to(device)
-        instructions = {"first": f_first, "last": f_last} | batch.conditions
+        instructions = {"first": f_first, "last": f_last} | batch.instructions
         conditions = make_conditions(instructions, f, eps_c, alpha_bar_c, keep_last)
 
         # The objective [DDPM algorithm 1]: any t, reached in one jump.

@@ -7,8 +7,7 @@ layout load too (`weights/ldm.py`).
 
     uint8 frames -- to_pixels --> pixels in [-1, 1] -- encode --> latents -- decode --> pixels
 
-Not here: how a small one is trained (`toy/losses.py`); the adversarial and perceptual losses that
-Stable Diffusion's was trained with.
+Not here: how a small one is trained (`toy/losses.py`).
 """
 
 from collections.abc import Callable
@@ -204,11 +203,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def encode_video(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
-        """Pixels (b, f, 3, H, W) -> scaled latents (b, f, 4, h, w), a few frames at a time.
-
-        eps (b, f, 4, h, w) draws from the posterior, as Stable Diffusion trains; without it the
-        mean is taken, as at inference.
-        """
+        """Pixels (b, f, 3, H, W) -> scaled latents (b, f, 4, h, w), a few frames at a time: drawn
+        with eps (b, f, 4, h, w) from the posterior, as SD trains, or its mean, as at inference."""
         parts = []
         noise = eps.flatten(0, 1).split(FRAMES_AT_A_TIME) if eps is not None else None
         for i, frames in enumerate(x.flatten(0, 1).split(FRAMES_AT_A_TIME)):

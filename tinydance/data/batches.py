@@ -36,11 +36,10 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield this rank's share of each batch of first_step <= step < last_step.
 
-    batch, image_batch: samples of all ranks together, of clips and of images (f = 1).
+    batch, image_batch: samples of all ranks together, of clips and of images (f = 1); ValueError
+    where `world_size` does not divide them. workers: processes that prepare batches ahead.
     is_image_step: which steps train on images ("utilized every 8 training iterations" [paper §4.1])
     of image_kind, "first" or "any"; they are numbered from FIRST_IMAGE on.
-    workers: processes that prepare batches ahead; the bytes are the same with any number.
-    Raises ValueError for a batch that `world_size` does not divide.
     """
     image_batch = image_batch or batch
     for size in (batch, image_batch):
@@ -71,9 +70,9 @@ class Batches:
         step, kind, ids = item
         samples = (self.source.sample(n, kind) for n in ids)
         frames, captions, names, counts, given = zip(*samples, strict=True)
-        conditions = {name: torch.stack([c[name] for c in given]) for name in given[0]}
+        instructions = {name: torch.stack([c[name] for c in given]) for name in given[0]}
         lists = list(captions), list(ids), list(names)
-        return Batch(step, torch.stack(frames), *lists, sum(counts, Counter()), conditions)
+        return Batch(step, torch.stack(frames), *lists, sum(counts, Counter()), instructions)
 
 
 def load(dataset, workers: int, **options) -> Iterator:

@@ -58,9 +58,7 @@ class CachedVideo:
 
 class Latents:
     """The index of a cache, see `index.py`; a source of it starts clips on the "grid" only.
-
-    Raises ValueError for a cache of another size or rate, or one that is not finished.
-    """
+    Raises ValueError for a cache of another size or rate, or one that is not finished."""
 
     kind = CachedVideo
 
@@ -137,10 +135,9 @@ def write_cache(
 ) -> Iterator[Written]:
     """Encode this rank's share of a source of videos; yield at the beginning and after each video.
 
-    Rank k % world_size writes shard k, whole or not at all. So to stop is to stop iterating, and
-    another call goes on from there.
-    data: what the manifest calls the source. Raises ValueError where `folder` holds a cache of
-    something else, or where more than a share `max_bad` of the videos is bad.
+    Rank k % world_size writes shard k, whole or not at all: to stop is to stop iterating, and
+    another call goes on from there. data: what the manifest calls the source. Raises ValueError
+    where `folder` is a cache of something else, and where more than a share `max_bad` is bad.
     """
     is_whole = isinstance(source, Files) and hasattr(source.rows.kind, "pieces")
     if not is_whole or source.crop != "centre":
@@ -150,8 +147,7 @@ def write_cache(
     manifest |= {"data": data, "rows": len(rows), "shards": -(-len(rows) // SHARD)}
     if is_cache(folder):
         made = read_json(folder / "manifest.json")
-        other = [name for name in manifest if made.get(name) != manifest[name]]
-        if other:
+        if other := [name for name in manifest if made.get(name) != manifest[name]]:
             raise ValueError(f"{folder}: a cache with other {', '.join(other)}; use another --out")
     elif rank == 0:
         write_json(folder / "manifest.json", manifest)
@@ -209,9 +205,7 @@ def save_shard(path: Path, videos: list[tuple[Row, list[Tensor]]]) -> None:
     """videos: (row, its moments in pieces)."""
     clips = json.dumps([(row.name, " ".join(row.caption.split())) for row, _ in videos])
     pieces = [piece for _, moments in videos for piece in moments]
-    tensors = {
-        "moments": torch.cat(pieces) if pieces else torch.zeros(0),
-        "frames": torch.tensor([sum(map(len, moments)) for _, moments in videos]).long(),
-        "clips": torch.frombuffer(bytearray(clips.encode()), dtype=torch.uint8),
-    }
+    tensors = {"moments": torch.cat(pieces) if pieces else torch.zeros(0)}
+    tensors["frames"] = torch.tensor([sum(map(len, moments)) for _, moments in videos]).long()
+    tensors["clips"] = torch.frombuffer(bytearray(clips.encode()), dtype=torch.uint8)
     save_safetensors(tensors, path)

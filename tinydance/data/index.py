@@ -76,9 +76,7 @@ class Folder:
 
 class Table:
     """A CSV with the columns path, caption and maybe start and end in seconds, or with WebVid's.
-
-    Raises ValueError, with the line's number, where a column is missing or a line is damaged.
-    """
+    Raises ValueError, with the line's number, where a column is missing or a line is damaged."""
 
     def __init__(self, path: str | Path, kind: type[Row] = Video, track=untracked):
         self.where, self.path, self.kind, self.notes = path, Path(path), kind, []
@@ -107,7 +105,7 @@ class Table:
         return len(self.offsets) - 1
 
     def __getitem__(self, i: int) -> Row:
-        begin, end = self.offsets[i : i + 2].tolist()
+        begin, end = int(self.offsets[i]), int(self.offsets[i + 1])
         text = Row("", self.path, offset=begin, size=end - begin).open().read().decode("utf-8")
         [row] = csv.DictReader(io.StringIO(text, newline=""), self.columns, strict=True)
         return self.kind(root=self.path.parent, **self.parse(row))
@@ -126,15 +124,13 @@ class Table:
 
 
 class Shards:
-    """Tar files as img2dataset and video2dataset write them: a.mp4 beside a.txt, or a.json.
-
-    Members with one stem belong together; the text is a.txt's, or else "caption" in a.json. Of a
-    damaged shard the part before the damage is used, and `notes` has a line about it.
-    """
+    """Tar files as img2dataset and video2dataset write them: the text of a.mp4 is a.txt, or else
+    "caption" in a.json. A shard is used up to its damage, and `notes` has a line about it."""
 
     def __init__(self, paths: list[str | Path], kind: type[Row] = Video, track=untracked):
         self.paths, self.kind, self.notes = [Path(path) for path in paths], kind, []
         self.where = f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
+        # shard, offset, size; offset and size of the text (-1: none), whether the text is JSON
         names, numbers = [], array("q")
         for k, path in enumerate(track(self.paths, "indexing", "shard")):
             media, texts = {}, {}
@@ -154,9 +150,7 @@ class Shards:
         if not names:
             note = "".join(f"; {note}" for note in self.notes[:1])
             raise ValueError(f"{paths[0]}: no {kind.what} in {len(paths)} shards{note}")
-        self.names = Strings(names)
-        # shard, offset, size; offset and size of the text (-1: none), whether the text is JSON
-        self.table = np.array(numbers).reshape(-1, 6)
+        self.names, self.table = Strings(names), np.array(numbers).reshape(-1, 6)
         self.missing_captions = int((self.table[:, 4] < 0).sum())
 
     def __len__(self) -> int:
@@ -164,22 +158,19 @@ class Shards:
 
     def __getitem__(self, i: int) -> Row:
         shard, offset, size, text_offset, text_size, is_json = self.table[i].tolist()
-        path, caption = self.paths[shard], ""
-        if text_size >= 0:
-            caption = Row("", path, "", text_offset, min(text_size, MAX_TEXT)).decode()
-        if is_json:
-            try:
-                caption = str(json.loads(caption)["caption"] or "")
-            except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or no caption
-                caption = ""
+        path = self.paths[shard]
+        text = Row("", path, offset=text_offset, size=max(0, min(text_size, MAX_TEXT))).decode()
+        try:
+            caption = str(json.loads(text)["caption"] or "") if is_json else text
+        except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or no caption
+            caption = ""
         return self.kind(f"{path.name}/{self.names[i]}", path, caption, offset, size)
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset, size) of each plain file in a tar; nothing is extracted.
 
-    Raises ValueError for a tar that is compressed, cut or damaged. `tarfile` takes a damaged header
-    for the end of the archive, without a word; but a whole tar ends in a block of zeros.
+    Raises ValueError for a tar that is compressed, cut or damaged.
     """
     length, count = path.stat().st_size, 0
     try:
@@ -190,10 +181,10 @@ def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
                 if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     yield member.name, member.offset_data, member.size
                     count += 1
+            # `tarfile` takes a damaged header for the end; but a whole tar ends in zeros.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):
                 raise ValueError(f"damaged or cut after {count} members, at byte {tar.offset}")
-    except (tarfile.TarError, MemoryError, OverflowError, RecursionError) as error:
-        # Headers that lie lead to all of these.
+    except (tarfile.TarError, MemoryError, OverflowError, RecursionError) as error:  # lies
         what = f"damaged after {count} members" if count else "compressed, or no tar"
         raise ValueError(f"{what}: {error}") from None

@@ -62,9 +62,7 @@ class Video(Row):
 
     def read(self, choose_start: Callable[[float], float], frames, fps, size, at) -> Tensor:
         """A clip, uint8 (frames, 3, *size), cropped at the place `at`, see `resize_crop`.
-
-        choose_start: from the seconds that there are, known once the file is open, to the start.
-        """
+        choose_start: from the seconds that there are, known once the file is open, to the start."""
 
         def start(length: float) -> float:
             return self.start + choose_start(min(length, self.end) - self.start)

@@ -12,10 +12,10 @@ Not here: many machines; run it on one rank of yours.
 """
 
 import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +24,7 @@ from tinydance.clip import TextTower
 from tinydance.config import NETWORKS, Config
 from tinydance.data.batches import batches
 from tinydance.data.open import open_source
-from tinydance.model import SD2_TEXT, PixelDance
+from tinydance.model import SD2_TEXT, Batch, PixelDance
 from tinydance.schedulers import Schedule
 from tinydance.toy.losses import build_vocabulary
 from tinydance.training import DiffusionLoss, Machine, make_optimizer
@@ -35,23 +35,22 @@ REPEATS = 3
 GIB = 2**30
 
 
-def benchmark(config: Config, machine: Machine) -> str:
-    """The table, for as many clips as a rank takes at once."""
+def benchmark(config: Config, machine: Machine) -> None:
+    """Print the table, for as many clips as a rank takes at once."""
     model = make_random_model(config).to(machine.device)
     model.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     clips = max(1, config.batch // machine.world_size)
     micro = min(config.micro_batch or clips, clips)
-    source = open_source(config)
-    objective = DiffusionLoss(model, config).to(machine.device).train()
+    source, objective = open_source(config), DiffusionLoss(model, config).train()
     optimizer = make_optimizer(objective, config.lr, config, machine)
 
-    def read() -> object:
+    def read() -> Batch:
         return next(batches(source, 0, 1, micro))
 
     def encode() -> None:
         with machine.autocast():
             model.vae.encode_frames(
-                batch.frames, lambda *shape: torch.zeros(micro, *shape, device=machine.device)
+                batch.frames, partial(torch.zeros, micro, device=machine.device)
             )
 
     def forward() -> torch.Tensor:
@@ -84,18 +83,17 @@ def benchmark(config: Config, machine: Machine) -> str:
         "backward": step - ahead,
         "Adam" if missing < 0 else f"Adam: not measured, lacks {missing:.1f} GiB": adam,
     }
-    return "\n".join(
-        [
-            f"preset {config.preset} on {machine.device}, {machine.dtype}: "
-            f"{micro} clips of {config.frames} x {config.height} x {config.width} at once",
-            "| part | seconds | share of the step |",
-            "| --- | --- | --- |",
-            *(f"| {name} | {time:.4f} | {time / total:.0%} |" for name, time in rows.items()),
-            f"{micro / total:.3g} clips/s, {flops / total / 1e12:.3g} TFLOP/s; the best matrix "
-            f"product here has {peak / 1e12:.3g}: MFU {flops / total / peak:.0%}",
-            f"peak memory {peak_memory(machine):.2f} GiB",
-        ]
-    )
+    lines = [
+        f"preset {config.preset} on {machine.device}, {machine.dtype}: "
+        f"{micro} clips of {config.frames} x {config.height} x {config.width} at once",
+        "| part | seconds | share of the step |",
+        "| --- | --- | --- |",
+        *(f"| {name} | {time:.4f} | {time / total:.0%} |" for name, time in rows.items()),
+        f"{micro / total:.3g} clips/s, {flops / total / 1e12:.3g} TFLOP/s; the best matrix "
+        f"product here has {peak / 1e12:.3g}: MFU {flops / total / peak:.0%}",
+        f"peak memory {peak_memory(machine):.2f} GiB",
+    ]
+    print("\n".join(lines), flush=True)
 
 
 def make_random_model(config: Config) -> PixelDance:
@@ -105,12 +103,21 @@ def make_random_model(config: Config) -> PixelDance:
     text = shapes.get("text", SD2_TEXT)
     tokenizer = build_vocabulary([], length=text.max_position_embeddings)
     text = replace(text, vocab_size=len(tokenizer.vocab), eos_token_id=tokenizer.end_id)
-    return PixelDance(
-        unet=UNet(shapes.get("unet", UNetConfig())),
-        vae=VAE(shapes.get("vae", VAEConfig())).requires_grad_(False),
-        text_tower=TextTower(text).requires_grad_(False),
-        tokenizer=tokenizer,
-        schedule=Schedule(),
+    unet, vae = UNet(shapes.get("unet", UNetConfig())), VAE(shapes.get("vae", VAEConfig()))
+    vae, tower = vae.requires_grad_(False), TextTower(text).requires_grad_(False)
+    return PixelDance(unet, vae, tower, tokenizer, Schedule())
+
+
+def describe_memory(model: PixelDance) -> str:
+    """How large the parts are, and the memory that training takes before any activation."""
+    count = sum(p.numel() for p in model.unet.parameters())
+    trained = sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for part in (model.vae, model.text_tower) for p in part.parameters())
+    # float32: the weights and their averages, and for what is trained gradients and two moments
+    size = (4 * (2 * count + frozen) + 12 * trained) / GIB
+    return (
+        f"a UNet of {count:,} parameters, {trained:,} of them trained; {frozen:,} frozen in "
+        f"VAE and text tower; {size:.1f} GiB for all that, without activations"
     )
 
 
@@ -158,4 +165,6 @@ def peak_memory(machine: Machine) -> float:
     """GiB, of the device, or of this process where that is a CPU."""
     if machine.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # it counts in KiB

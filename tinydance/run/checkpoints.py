@@ -6,9 +6,7 @@
 A machine may die at any moment. So a checkpoint is made under another name, forced to the disk and
 renamed; and since disks lie, it counts only if its manifest is there and its bytes are those that
 the manifest says. A run resumes from the newest that counts. [ours]
-
-Not here: random states. All randomness is a function of (seed, step, sample), so there is none to
-save.
+Not here: random states. All randomness is a function of (seed, step, sample).
 """
 
 import hashlib
@@ -51,8 +49,7 @@ def save_checkpoint(folder: Path, step: int, state: dict) -> None:
     shutil.rmtree(final, ignore_errors=True)  # a damaged one
     os.replace(unfinished, final)  # from here on it counts
     force_folder(folder)
-    others = [path for path in checkpoints(folder) if path != final]
-    newest_first = others[::-1]
+    newest_first = [path for path in reversed(checkpoints(folder)) if path != final]
     for old in newest_first[KEPT - 1 :]:
         shutil.rmtree(old)
 
@@ -113,6 +110,16 @@ def compare_configs(saved: dict, config: Config) -> list[str]:
         elif name in now and name not in free and now[name] != value:
             changes.append(f"{name} was {value} and is {now[name]}")
     return changes
+
+
+def set_aside(folder: Path) -> None:
+    """Rename what another run left, so that a new one starts from nothing and nothing is lost."""
+    n = 1
+    while (other := folder.with_name(f"{folder.name}_{n}")).exists():
+        n += 1
+    if folder.exists():
+        folder.rename(other)
+        print(f"{folder} is now {other}", flush=True)
 
 
 def sha256(path: Path) -> str:

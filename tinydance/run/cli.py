@@ -65,11 +65,10 @@ class PlainLines:
 
 
 class Progress(tqdm):
-    """Counts up to `total` (None: unknown). Work of less than a second shows nothing.
+    """Counts up to `total` (None: unknown), on standard error if no file is given.
 
-    initial: how much was done before, by a run that is resumed. leave: show the beginning too, and
-    keep the last state on the screen. shown: False on all ranks but the first. file: by default
-    standard error.
+    initial: what a resumed run had done before. leave: keep the last state on the screen; without
+    it, work of less than a second shows nothing. shown: False on all ranks but the first.
     """
 
     monitor_interval = 0  # tqdm's thread, which is not needed: every update looks at the clock
@@ -78,26 +77,16 @@ class Progress(tqdm):
         self, what: str, total: int | None, unit: str, initial=0, leave=False, shown=True, file=None
     ):
         file = file or sys.stderr
-        layout = {"file": file}
+        options = {"desc": what, "total": total, "unit": unit, "initial": initial, "leave": leave}
+        options |= {"disable": not shown, "delay": 0 if leave else 1, "miniters": 1, "file": file}
         if not file.isatty():
-            layout = {"file": PlainLines(file), "mininterval": EVERY, "bar_format": LINE}
-        super().__init__(
-            desc=what,
-            total=total,
-            unit=unit,
-            initial=initial,
-            leave=leave,
-            disable=not shown,
-            delay=0 if leave else 1,
-            miniters=1,
-            **layout,
-        )
+            options |= {"file": PlainLines(file), "mininterval": EVERY, "bar_format": LINE}
+        super().__init__(**options)
 
     def update(self, count: int = 1, **values) -> None:
         """`count` more are done; names and values to show behind the count."""
         if values:
-            text = ", ".join(f"{name} {value}" for name, value in values.items())
-            self.set_postfix_str(text, refresh=False)
+            self.set_postfix_str(", ".join(f"{k} {v}" for k, v in values.items()), refresh=False)
         super().update(count)
 
 

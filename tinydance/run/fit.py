@@ -1,9 +1,6 @@
 """One training around `training.training_steps`: resume, log, save, publish, draw, stop.
 
-The steps come from a generator of the core; this loop does everything else with them. A run that
-stopped and goes on equals a straight one: every random number is a function of (seed, step,
-sample), so a step needs no more than the weights, their averages and Adam's state. [ours]
-
+The steps come from a generator of the core; this loop does everything else with them. [ours]
 Not here: the step itself.
 """
 
@@ -67,25 +64,19 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
     if log:
         log.close()
     if stopping and step.done < stage.steps:
-        raise Interrupted(
-            f"stopped at step {step.done} of {stage.steps} of stage {stage.name}, and saved"
-        )
+        where = f"step {step.done} of {stage.steps} of stage {stage.name}"
+        raise Interrupted(f"stopped at {where}, and saved")
     return trainee.ema
 
 
 def average(step: Step, asked: bool, machine: Machine) -> tuple[dict, float, bool, dict]:
-    """What the ranks must know of each other after a step, in a single exchange.
-
-    Returns the objective's numbers and the seconds waited for data, averaged; whether to stop; and
-    how many samples of all ranks were bad, padded or without caption.
-    """
-    names = sorted(step.numbers)  # in the same order on all ranks
-    numbers = [step.numbers[name] for name in names]
-    counts = [step.batch.counts[name] for name in COUNTED]
-    # A signal may reach one rank only. Its flag, averaged, is above 0 on all ranks: so all of them
-    # stop, after the same step. Counts are whole numbers again when multiplied by the ranks.
-    stop, waited, *means = machine.mean(float(asked), step.waited, *numbers, *counts)
-    numbers = dict(zip(names, means))
-    counts = zip(COUNTED, means[len(names) :])
-    counts = {name: round(n * machine.world_size) for name, n in counts if n}
+    """-> over all ranks, by one exchange: the objective's numbers, the seconds waited for data,
+    whether to stop, and how many samples were bad, padded or without caption."""
+    names = sorted(step.numbers)  # the same order on all ranks
+    values = [step.numbers[name] for name in names] + [step.batch.counts[name] for name in COUNTED]
+    # A signal may reach one rank only. The mean of the flags is then above 0 on all ranks: so all
+    # of them stop, and after the same step.
+    stop, waited, *means = machine.mean(float(asked), step.waited, *values)
+    numbers, counts = dict(zip(names, means)), zip(COUNTED, means[len(names) :])
+    counts = {name: round(mean * machine.world_size) for name, mean in counts if mean}
     return {name: numbers[name] for name in step.numbers}, waited, stop > 0, counts

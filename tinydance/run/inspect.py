@@ -2,16 +2,14 @@
 
 A table from the headers of some rows (lengths, sizes, rates, what is wrong and how often), what
 became of the first samples when they were read as a training reads them, and these as a sheet.
-[ours]
-
-Not here: how rows are read. They read themselves (`data/rows.py`).
+[ours] Not here: how rows are read. They read themselves (`data/rows.py`).
 """
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from tinydance.data.cache import find_caches
 from tinydance.data.order import FIRST_IMAGE, Files, describe_source, format_counts
@@ -25,8 +23,8 @@ SAMPLES = 64  # clips that are read whole
 SHOWN = 16  # of them on the sheet, and as many pictures of image steps
 
 
-def inspect(source) -> tuple[str, Image.Image | None]:
-    """-> the text, and the contact sheet; a cache has no pixels to show, and so no sheet."""
+def inspect(source, path: Path) -> None:
+    """Print the text and save the sheet; a cache has no pixels to show, and so no sheet."""
     lines = describe_source(source)
     for leaf in source.leaves():
         if isinstance(leaf, Files) and not find_caches(leaf):
@@ -38,15 +36,18 @@ def inspect(source) -> tuple[str, Image.Image | None]:
         clips = [*clips, clip][:SHOWN]
     lines += [f"{SAMPLES} clips read as trained on: {format_counts(counts) or 'nothing wrong'}"]
     lines += [f"  {clip.name}: {clip.caption[:100] or '(no caption)'}" for clip in clips]
+    print("\n".join(lines), flush=True)
     if holds_moments(clips[0].frames):
-        return "\n".join(lines), None
+        return
     every = max(1, source.frames // 4)
     rows, titles = [clip.frames[::every] for clip in clips], [clip.caption for clip in clips]
     images = [source.sample(FIRST_IMAGE + n, "first") for n in range(SHOWN)]
     for half in (images[: SHOWN // 2], images[SHOWN // 2 :]):
         rows.append(torch.cat([image.frames for image in half]))
         titles.append("image steps: " + " | ".join(image.caption for image in half))
-    return "\n".join(lines), film_strip(rows, titles)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    film_strip(rows, titles).save(path)
+    print(f"the sheet is {path}", flush=True)
 
 
 def describe_headers(files: Files) -> list[str]:

@@ -1,12 +1,8 @@
 """What a training says while it runs, and how it is asked to stop.
 
-    log.jsonl            one line per step: the objective's numbers, gradient, rate, seconds, counts
-    samples/step_N.png   what the averaged weights can do
-
-The same numbers stand in the progress on standard output. What an objective tells is written as it
-is told, so that a new number in the log is a change of the objective alone. [ours]
-
-Not here: when to save or draw. That is `fit.py`.
+log.jsonl has a line for each step, and the progress on standard output has the same numbers. What
+an objective tells is written as it is told: a new number in the log is a change of the objective
+alone. [ours] Not here: when to save or draw (`fit.py`).
 """
 
 import json

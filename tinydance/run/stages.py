@@ -6,10 +6,9 @@
     video  everything, clips with an image step every 8th       (this is the paper)
 
 Each is a `Stage` for `fit`, and leaves a folder that the next one starts from. The paper takes "the
-widely used 2D UNet" (§3.1) and does not say which weights its UNet starts from; Stable Diffusion
-2.1 is what it makes first frames with (§4.2.1). To start from an image model, Stable Diffusion's at
-full scale and the image stage's in the toy world, is [ours: paper silent].
-
+widely used 2D UNet" (§3.1) and does not say which weights it starts from; Stable Diffusion 2.1 is
+what it makes first frames with (§4.2.1). To start from an image model, Stable Diffusion's at full
+scale and the image stage's in the toy world, is [ours: paper silent].
 Not here: the loop (`fit.py`), the losses (`training.py`, `toy/losses.py`).
 """
 
@@ -28,22 +27,15 @@ from tinydance.data import batches, open_source, write_cache
 from tinydance.data.cache import check_vae, find_caches
 from tinydance.data.open import Source
 from tinydance.data.order import collect_words, describe_source, format_counts
-from tinydance.model import PixelDance, Settings
+from tinydance.model import PixelDance, Settings, read_schedule
+from tinydance.run.benchmark import benchmark, describe_memory
+from tinydance.run.checkpoints import set_aside
 from tinydance.run.cli import Progress, describe_config, progress
 from tinydance.run.fit import fit
 from tinydance.run.inspect import inspect
 from tinydance.run.log import Interrupted, StopSignal
-from tinydance.run.start import (
-    compiler_works,
-    describe_memory,
-    find_part,
-    load_frozen,
-    load_unet,
-    set_aside,
-    tell,
-)
 from tinydance.schedulers import Schedule
-from tinydance.toy import losses
+from tinydance.toy import SHIPPED_IMAGE, losses
 from tinydance.training import DiffusionLoss, Machine, Stage
 from tinydance.unet import UNet, is_temporal
 from tinydance.vae import VAE, to_frames, to_pixels
@@ -64,6 +56,12 @@ def train(config: Config, stage: str = "all") -> None:
     else:
         run_stages(config, machine, STAGES if stage == "all" else [stage])
     machine.close()
+
+
+def tell(machine: Machine, text: object) -> None:
+    """Print on the first rank."""
+    if machine.rank == 0:
+        print(text, flush=True)
 
 
 def open_data(config: Config, machine: Machine) -> Source:
@@ -121,8 +119,8 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
         return film_strip([to_frames(x[:, 0]), to_frames(y[:, 0])], titles)
 
     objective = losses.ReconstructionLoss(vae, config.seed)
-    options = {"is_image_step": lambda step: True, "image_kind": "any"}
-    stream = share_batches(config, machine, source, config.batch, **options)
+    options = {"batch": config.batch, "is_image_step": lambda step: True, "image_kind": "any"}
+    stream = partial(batches, source, **options, **rank_options(config, machine))
     return Stage("vae", objective, vae, config.vae_steps, config.vae_lr, stream, publish, show)
 
 
@@ -131,14 +129,9 @@ def text_stage(config: Config, machine: Machine, source: Source, held_out: Sourc
     torch.manual_seed(config.seed)
     shape, folder = NETWORKS["toy"]["text"], Path(config.out) / "text" / "model"
     tokenizer = losses.build_vocabulary(collect_words(source), length=shape.max_position_embeddings)
-    shape = replace(
-        shape,
-        vocab_size=len(tokenizer.vocab),
-        bos_token_id=tokenizer.start_id,
-        eos_token_id=tokenizer.end_id,
-        pad_token_id=tokenizer.pad_id,
-    )
-    tower = TextTower(shape)
+    ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id}
+    ids |= {"pad_token_id": tokenizer.pad_id, "vocab_size": len(tokenizer.vocab)}
+    tower = TextTower(replace(shape, **ids))
     losses.init_clip(tower)
     # CLIP's words start 0.02 apart, and 400 million pairs teach it to tell them apart. Here words
     # that matter in few pairs, such as circle and square, would stay alike: so they start far
@@ -150,7 +143,7 @@ def text_stage(config: Config, machine: Machine, source: Source, held_out: Sourc
         ema.save(folder / "text_encoder")
 
     objective = losses.ContrastiveLoss(tower, tokenizer)
-    stream = share_batches(config, machine, source, config.image_batch)
+    stream = partial(batches, source, batch=config.image_batch, **rank_options(config, machine))
     stage = Stage("text", objective, tower, config.text_steps, config.text_lr, stream, publish)
     return replace(stage, divisible=False)  # each clip is compared with the captions of all
 
@@ -194,9 +187,11 @@ def unet_stage(
 
     objective = DiffusionLoss(model, config)
     steps = config.image_steps if name == "image" else config.video_steps
-    options = {"is_image_step": is_image_step, "image_batch": config.image_batch}
-    stream = share_batches(config, machine, source, config.batch, **options)
-    return Stage(name, objective, unet, steps, config.lr, stream, publish, show)
+    options = {"batch": config.batch, "image_batch": config.image_batch}
+    options |= {"is_image_step": is_image_step} | rank_options(config, machine)
+    return Stage(
+        name, objective, unet, steps, config.lr, partial(batches, source, **options), publish, show
+    )
 
 
 STAGES: dict[str, Callable[..., Stage]] = {
@@ -207,31 +202,71 @@ STAGES: dict[str, Callable[..., Stage]] = {
 }
 
 
-def share_batches(config: Config, machine: Machine, source: Source, batch: int, **options):
-    """A stage's stream: (first step, last step) -> this rank's share of their batches."""
-    ranks = {"rank": machine.rank, "world_size": machine.world_size, "workers": config.workers}
-    return partial(batches, source, batch=batch, **ranks, **options)
+def rank_options(config: Config, machine: Machine) -> dict:
+    """Which share of the data is this rank's, and who reads it."""
+    return {"rank": machine.rank, "world_size": machine.world_size, "workers": config.workers}
+
+
+# ------------------------------------------------------------------------- what a stage starts from
+TRAINED_BY = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}
+
+
+def find_part(part: str, config: Config) -> Path:
+    """The folder of a part. Raises ValueError that says how to get one."""
+    stage, out = TRAINED_BY[part], Path(config.out)
+    folder = out / stage / "model" / part
+    if folder.exists():
+        return folder
+    if config.init == "shipped":
+        if (out / "vae" / "model").exists():
+            raise ValueError(
+                f"{out} has a VAE of its own, whose latents the shipped image model does not "
+                "know: add --from-scratch"
+            )
+        folder = SHIPPED_IMAGE / part
+    elif config.init:
+        folder = Path(config.init) / part
+    elif getattr(config, f"{stage}_steps") == 0:
+        raise ValueError(
+            f"preset {config.preset} starts from a trained {part}: give --init FOLDER, a model "
+            "folder such as Stable Diffusion 2.1's"
+        )
+    if not folder.exists():
+        raise ValueError(f"{folder} is missing: run --stage {stage} first, or no --stage for all")
+    return folder
+
+
+def load_frozen(kind: type[nn.Module], part: str, config: Config) -> nn.Module:
+    """A part that is not trained by this stage."""
+    return kind.from_folder(find_part(part, config)).requires_grad_(False).eval()
+
+
+def load_unet(config: Config, machine: Machine) -> UNet:
+    """The UNet to start from; a line is printed where it was trained to predict something else."""
+    folder = find_part("unet", config)
+    scheduler = folder.parent / "scheduler"
+    if (scheduler / "scheduler_config.json").is_file():
+        before, now = read_schedule(scheduler).prediction_type, config.prediction_type
+        if before != now:
+            tell(machine, f"note: the UNet in {folder} learned to predict {before}, this run {now}")
+    return UNet.from_folder(folder)
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Try torch.compile on a sum; where it fails, one line says so."""
+    try:
+        torch.compile(lambda x: x + x)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = str(error).strip().splitlines()[0]
+        print(f"note: torch.compile does not work here ({reason}): going on without", flush=True)
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------- beside the stages
-def run_benchmark(config: Config, machine: Machine) -> None:
-    """Print where a step's time goes; see `benchmark.py`."""
-    from tinydance.run.benchmark import benchmark  # Windows lacks what it measures with
-
-    print(benchmark(config, machine), flush=True)
-
-
 def inspect_data(config: Config, machine: Machine) -> None:
-    """Print what a training would see, and draw a sheet of it in --out; see `inspect.py`."""
-    if machine.rank > 0:
-        return
-    text, sheet = inspect(open_data(config, machine))
-    print(text, flush=True)
-    if sheet:
-        path = Path(config.out) / "inspect.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
-        print(f"the sheet is {path}", flush=True)
+    if machine.rank == 0:
+        inspect(open_data(config, machine), Path(config.out) / "inspect.png")
 
 
 def write_latents(config: Config, machine: Machine) -> None:
@@ -239,17 +274,9 @@ def write_latents(config: Config, machine: Machine) -> None:
     if not config.init:
         raise ValueError("--stage latents needs a VAE: give --init FOLDER, with vae/ in it")
     vae = load_frozen(VAE, "vae", config).to(machine.device)
-    share = write_cache(
-        open_data(config, machine),
-        vae,
-        config.out,
-        config.data,
-        machine.rank,
-        machine.world_size,
-        config.workers,
-        config.max_bad,
-        machine.autocast,
-    )
+    source, ranks = open_data(config, machine), rank_options(config, machine)
+    checks = {"max_bad": config.max_bad, "autocast": machine.autocast}
+    share = write_cache(source, vae, config.out, config.data, **checks, **ranks)
     written, is_first = next(share), machine.rank == 0
     bar = Progress("latents", written.total, "video", written.done, leave=True, shown=is_first)
     with StopSignal() as stop, bar:
@@ -257,10 +284,11 @@ def write_latents(config: Config, machine: Machine) -> None:
             bar.update(written.done - bar.n, bad=format_counts(written.counts) or "none")
             if stop.asked:
                 break
-    if written.done == written.total:
-        tell(machine, f"{config.out} is written: --data {config.out} trains on it")
-    else:
-        tell(machine, "stopped: the same command goes on from there")
+    is_done, goes_on = written.done == written.total, "stopped: the same command goes on from there"
+    tell(
+        machine,
+        f"{config.out} is written: --data {config.out} trains on it" if is_done else goes_on,
+    )
 
 
-OTHERS = {"benchmark": run_benchmark, "inspect": inspect_data, "latents": write_latents}
+OTHERS = {"benchmark": benchmark, "inspect": inspect_data, "latents": write_latents}

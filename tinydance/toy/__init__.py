@@ -2,11 +2,8 @@
 
 A procedural world of captioned clips stands in for WebVid-10M, a rule-based referee for FVD and
 CLIPSIM, small networks of our own training for Stable Diffusion's. Read `world.py` first, then
-`referee.py`; `losses.py` trains the small VAE and text tower, `source.py` feeds a training.
-A command measures a model: `python -m tinydance.toy.evaluate`.
-README.md is the manual and the lab report; `model/` and `image_model/`
-are the shipped models, each with its card; `stories/` has a film of three minutes.
-Not here: real videos (`data/`), the stages of a training (`run/stages.py`).
+`referee.py`. `python -m tinydance.toy.evaluate` measures a model. README.md is the manual and the
+lab report; `model/` and `image_model/` are the shipped models, each with its card.
 """
 
 from pathlib import Path

@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
     parser.add_argument("--strip", help="draw clips to this .png, and measure nothing")
     args = parser.parse_args()
+    if args.clips is not None and args.clips < 1:
+        raise ValueError(f"clips is {args.clips}; use 1 or more")
     device = choose_device("auto")
     model = PixelDance.from_folder(args.model).to(device)
     changes = {name: getattr(args, name) for name in ("steps", "guidance", "tau", "cond_noise_t")}

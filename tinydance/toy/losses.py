@@ -2,10 +2,8 @@
 
 The paper takes both from others and freezes them: Stable Diffusion's VAE, CLIP's text tower [paper
 §4.1]. A laptop has neither download nor room for them, so the toy preset trains its own in minutes,
-by simplified versions of their own recipes. Their files keep the formats of the originals.
-
-Each objective takes a `Batch` and returns named numbers, of which "loss" is lowered.
-Not here: the diffusion loss (`training.py`), the networks (`vae.py`, `clip.py`).
+by simplified versions of their own recipes. Each objective takes a `Batch` and returns named
+numbers, of which "loss" is lowered.
 """
 
 from dataclasses import replace
@@ -21,7 +19,6 @@ from tinydance.noise import draw, generator
 from tinydance.vae import VAE, to_pixels
 
 
-# ---- the VAE -------------------------------------------------------------------------------------
 class ReconstructionLoss(nn.Module):
     """How a small VAE is trained from nothing [ours]: square error, and a slight pull to N(0, 1).
 
@@ -76,7 +73,6 @@ def whiten(vae: VAE, x: Tensor) -> None:
     vae.config = replace(vae.config, scaling_factor=1.0)
 
 
-# ---- the tokenizer and the text tower ------------------------------------------------------------
 def build_vocabulary(words, pad_id: int | None = None, length: int = clip.LENGTH) -> Tokenizer:
     """A Tokenizer with each of the words as one token; it spells all other text by bytes [ours].
 
@@ -127,17 +123,14 @@ class ContrastiveLoss(nn.Module):
     def __init__(self, tower: TextTower, tokenizer: Tokenizer, width: int = 64):
         super().__init__()
         self.tower, self.tokenizer = tower, tokenizer
-        self.video_tower = nn.Sequential(
+        convolutions = (
             nn.Conv2d(3 * self.FRAMES, width, 5, stride=2, padding=2),
-            nn.GELU(),
             nn.Conv2d(width, 2 * width, 5, stride=2, padding=2),
-            nn.GELU(),
             nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(2 * width, width, bias=False),
         )
+        layers = [layer for convolution in convolutions for layer in (convolution, nn.GELU())]
+        pool = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, width, bias=False)
+        self.video_tower = nn.Sequential(*layers, *pool)
         self.projection = nn.Linear(tower.config.hidden_size, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 

@@ -1,8 +1,8 @@
-"""What `evaluate.py` and `figures.py` share: hidden clips, a sampler, decibels, means and a table.
+"""What measures share: hidden clips, a sampler, decibels, means and a table.
 
-Both measure clip by clip: a record has what was measured of one clip, by name, and the rows of a
-table are means over records. Clips are uint8 arrays (f, 3, H, W), as the referee reads them. [ours]
-Not here: which instructions are given, and what is measured.
+`evaluate.py` and `notebooks/pictures/figures.py` measure clip by clip: a record has what was
+measured of one clip, by name, and the rows of a table are means over records. Clips are uint8
+arrays (f, 3, H, W), as the referee reads them. [ours]
 """
 
 from collections.abc import Iterator, Sequence

@@ -5,7 +5,6 @@ objects are saturated and landscapes are not, a shape's corners are a Fourier co
 angles, and a motion is the table's curve nearest to the track. So a model can be measured on a
 laptop. The tests show how far the referee can be trusted, also after a blur and noise.
 [ours; the paper measures FVD and CLIPSIM]
-Not here: how the clips are made (`world.py`), tables of verdicts (`evaluate.py`).
 """
 
 from dataclasses import dataclass

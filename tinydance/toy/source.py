@@ -1,7 +1,6 @@
 """The toy world as a source of training samples, with the same methods as one of files.
 
 Sample n is a function of (seed, n), and there is no last one. [ours]
-Not here: the clips themselves (`world.py`), users' files (`data/`).
 """
 
 from dataclasses import dataclass
@@ -40,9 +39,7 @@ class ToyWorld:
         return [self]
 
     def words(self) -> list[str]:
-        """Every word that a caption can hold; a tokenizer is built from them."""
         return vocabulary()
 
     def describe(self) -> list[str]:
-        """Lines for the head of a run."""
         return ["the toy world, endless"]

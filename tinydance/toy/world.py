@@ -6,7 +6,6 @@ first frame how everything looks, the caption what will happen, the last frame h
 
 Every choice in this file is [ours: paper silent]. The shipped models were trained on these very
 clips: whoever changes the world must train them again.
-Not here: the referee, which reads clips back; the source of training samples.
 """
 
 import re
@@ -16,18 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-# ---- the world in tables -------------------------------------------------------------------------
-# Lengths are in units, of which the picture has 32 whatever its number of
-# pixels: a scene can be rendered at any size. x points right, y down, and angles turn clockwise.
-
+# Lengths are in units, of which the picture has 32 whatever its number of pixels: a scene can be
+# rendered at any size. x points right, y down, and angles turn clockwise.
 UNITS, MIDDLE = 32, 16
 
-COLOURS = {
-    "red": (226, 54, 52),
-    "green": (38, 166, 78),
-    "blue": (48, 92, 232),
-    "yellow": (250, 206, 46),
-}
+COLOURS = {"red": (226, 54, 52), "green": (38, 166, 78), "blue": (48, 92, 232)}
+COLOURS |= {"yellow": (250, 206, 46)}
 
 # The shapes with corners: (how many, radius of a corner, radius halfway to the next one, and the
 # angle of the first, which stands the shape upright). A star has four rays.
@@ -55,13 +48,11 @@ class Pose(NamedTuple):
     scale: float | np.ndarray = 1.0
 
 
-def travel(e):
-    """How far an object moves in all, in units."""
+def travel(e):  # how far an object moves in all, in units
     return 5.5 + 3.0 * e
 
 
-def hop(u, e):
-    """How high it hops, up being negative: the flight of a thrown ball, twice."""
+def hop(u, e):  # how high it hops, up being negative: the flight of a thrown ball, twice
     v = 2 * u % 1.0
     return -(4.5 + 2.0 * e) * 4 * v * (1 - v)
 
@@ -77,8 +68,6 @@ MOTIONS = {
     "bounces to the right": lambda u, e: Pose(dx=travel(e) * u, dy=hop(u, e)),
     "bounces to the left": lambda u, e: Pose(dx=-travel(e) * u, dy=hop(u, e)),
 }
-
-
 # A chain of clips goes there and back, or the object would leave the picture.
 OPPOSITES = {"right": "left", "up": "down", "grows": "shrinks"}
 OPPOSITES |= {back: there for there, back in OPPOSITES.items()}
@@ -129,7 +118,6 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-# ---- rendering -----------------------------------------------------------------------------------
 # A signed distance gives every pixel its share of the object, hence smooth edges.
 def signed_distance(shape, x, y):
     """Distance of (x, y) from the outline of a shape of radius 1 at the origin; negative inside."""
@@ -182,7 +170,6 @@ def render(scene: Scene, world: World = World()) -> np.ndarray:
     return np.rint(np.clip(clip, 0, 255)).astype(np.uint8)
 
 
-# ---- captions ------------------------------------------------------------------------------------
 def describe(scene: Scene) -> str:
     """The scene's caption, such as "a red circle bounces to the right at night"."""
     words = ["a", scene.colour, scene.shape, scene.motion]

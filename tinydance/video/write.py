@@ -59,7 +59,7 @@ def save_video(
         raise ValueError(f"fps is {fps}; it must be above 0")
     clips = [frames] if is_tensor(frames) else frames
     scale = None if suffix in (".mp4", ".gif") else 1
-    pictures = chain.from_iterable(map(scaled_pictures, clips, repeat(scale)))  # clip after clip
+    pictures = chain.from_iterable(map(scaled_pictures, clips, repeat(scale)))  # holds one clip
     comment = json.dumps(metadata, ensure_ascii=False) if metadata else ""
     if suffix == "/":
         write_folder(pictures, path)
