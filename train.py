@@ -18,15 +18,13 @@ from tinydance.run.stages import OTHERS, STAGES, train
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
-    stages = ("all", *STAGES, *OTHERS)
+    parser, stages = Parser(description=__doc__), ("all", *STAGES, *OTHERS)
     parser.add_argument("--stage", default="all", help=f"one of {', '.join(stages)}")
-    parser.add_argument("--preset", default="toy", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--from-scratch", action="store_true", help="start from no trained part")
-    options = [f for f in fields(Config) if f.name != "preset"]
-    for f in options:
-        kind = "|".join(get_args(f.type)) or f.type.__name__
+    for f in fields(Config):
+        words = PRESETS if f.name == "preset" else get_args(f.type)
         repeat = {"action": "extend", "nargs": "+"} if f.name in ("data", "images") else {}
+        kind = "|".join(words) or f.type.__name__
         parser.add_argument(f"--{f.name}", metavar=kind, help=f.metadata["help"], **repeat)
     args, unknown = parser.parse_known_args()
     if unknown:
@@ -35,17 +33,16 @@ def main() -> None:
         raise ValueError(f"unknown stage {args.stage!r}{did_you_mean(args.stage, stages)}")
     if args.from_scratch and args.init:
         raise ValueError(f"--from-scratch has no use for --init {args.init}: give one of the two")
-    given = {f.name: value for f in options if (value := getattr(args, f.name)) is not None}
+    given = {f.name: x for f in fields(Config) if (x := getattr(args, f.name)) is not None}
     given |= {name: "|".join(given[name]) for name in ("data", "images") if name in given}
-    config = make_config(args.preset, **given)
-
-    # The toy preset starts from the shipped image model. That one knows nothing but the toy world,
-    # and its VAE, text tower and UNet are trained already: whoever has other data, or trains one
-    # of these anew, starts without it.
+    config = make_config(**given)
+    # The toy preset starts from the shipped image model, which knows the toy world alone and is
+    # trained already: whoever has other data, or trains one of its parts anew, starts without it.
     no_use = config.data != "toyworld" or args.stage in ("vae", "text", "image")
     if args.from_scratch or (config.init == "shipped" and not args.init and no_use):
         config = replace(config, init="")
-    if args.stage == "all" and config.preset == "toy" and config.init:  # all but the video stage
+    # With --init, a preset that trains a VAE, words and images of its own goes straight to videos.
+    if args.stage == "all" and config.init and config.vae_steps > 0:
         config = replace(config, vae_steps=0, text_steps=0, image_steps=0)
     train(config, args.stage)
 

@@ -206,7 +206,7 @@ def test_frames_are_the_decoded_clip_of_the_encoded_pictures(model):
         ({"steps": 1001}, "steps is 1001"),
         ({"tau": -1}, "tau is -1; use 0 to 4"),
         ({"tau": 5}, "tau is 5; use 0 to 4"),
-        ({"tau": 1.5}, "tau is 1.5; use 0 to 4, the number of steps, or a share"),
+        ({"tau": 1.5}, "tau is 1.5; use 0 to 4 steps, or a share"),
         ({"tau": "120%"}, "tau is 120%"),
         ({"tau": "-1%"}, "tau is -1%"),
         ({"tau": "half"}, "tau is half; use 0 to 4"),

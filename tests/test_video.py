@@ -14,10 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tinydance.model import PixelDance
+from tinydance.model import PixelDance, Sample
 from tinydance.sampling import sample_frames
 from tinydance.toy import SHIPPED
-from tinydance.training import Sample
 from tinydance.vae import to_frames, to_pixels
 from tinydance.video import read, write
 from tinydance.video.read import (

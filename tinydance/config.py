@@ -80,7 +80,7 @@ class Config:
     tau: float = free(Settings.tau, "share of steps that see the last frame [Fig. 7]", high=1)
 
     # the instructions
-    eta: float = option(0.25, "share of last frames dropped in training [paper §3.2]", high=1)
+    eta: float = option(0.25, "share of last frames dropped in training [paper §1, §3.2]", high=1)
     cond_noise_t: int = option(Settings.cond_noise_t, "noise on c_image [paper §4.1]", high=999)
     text_drop: float = option(0.1, "share of captions dropped [ours: paper silent; SD]", high=1)
     sketch: bool = option(False, "show last frames as edge drawings [paper §4.5]")
@@ -130,9 +130,9 @@ class Config:
                 raise ValueError(f"{f.name} is {value}; use {low} {upper}")
 
 
-# What differs from the paper's run. paper-hd goes on from a `paper` run [paper §4.1]; small, 104M
-# parameters for one consumer GPU with SD 2.1's VAE and text tower, and toy, for two cores and 80
-# minutes, are ours.
+# What differs from the paper's run. paper-hd goes on from a `paper` run at a higher resolution
+# [paper §4.1], of which 320x512 is ours; small, 104M parameters for one consumer GPU with SD 2.1's
+# VAE and text tower, and toy, for two cores and 80 minutes, are ours.
 COLUMNS = ("paper", "paper-hd", "small", "toy")
 TABLE = {
     "out":              ("runs/paper",    "runs/paper-hd",          "runs/small",    "runs/toy"),
@@ -178,7 +178,8 @@ TABLE = {
 # (5) Under the paper's noise an 8x8 latent decodes at 24 dB: a picture as small as that says each
 #     thing but once, and a first frame could not be kept. These 10 steps leave 37 dB.
 PRESETS = {name: {key: row[k] for key, row in TABLE.items()} for k, name in enumerate(COLUMNS)}
-# A preset more says only what differs from another: PRESETS["mine"] = PRESETS["toy"] | {"lr": 1e-4}
+# One more says only what differs from another, such as:
+# PRESETS["mine"] = PRESETS["toy"] | {"out": "runs/mine", "lr": 1e-4}
 
 
 def make_config(preset: str = "toy", **given) -> Config:

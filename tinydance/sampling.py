@@ -154,7 +154,8 @@ def chain(
 
     The frame is carried over as its latent, which no trip through pixels blurs [ours]. It is shown
     once: the first clip has all its f frames, the others f - 1, N clips of 16 frames 1 + 15 N.
-    "last" ends the last clip. make: what makes one clip, with the arguments of `sample_latents`.
+    "last" ends the last clip; further instructions are given to each clip as they are. make: what
+    makes one clip, with the arguments of `sample_latents`.
     """
     keys = keys or [(k,) for k in range(len(prompts))]
     without_last = {name: given for name, given in instructions.items() if name != "last"}

@@ -34,7 +34,7 @@ from tinydance.conditioning import (
     sketch,
 )
 from tinydance.config import Config, autocast, choose_device, choose_dtype
-from tinydance.model import Batch, PixelDance, Sample  # noqa: F401
+from tinydance.model import Batch, PixelDance
 from tinydance.noise import draw, generator
 from tinydance.schedulers import add_noise, target
 

@@ -23,8 +23,15 @@ from tinydance.model import PixelDance
 from tinydance.run.cli import Parser, progress, run_main
 from tinydance.sampling import encode_picture, sample_frames, sample_latents
 from tinydance.toy import SHIPPED, ToyWorld, measure
-from tinydance.toy.measure import HIDDEN_SEED, Record, choose_world, decibels
-from tinydance.toy.measure import sample_clips, sample_hidden, stack_pixels
+from tinydance.toy.measure import (
+    HIDDEN_SEED,
+    Record,
+    choose_world,
+    decibels,
+    sample_clips,
+    sample_hidden,
+    stack_pixels,
+)
 from tinydance.toy.referee import judge, referee
 from tinydance.toy.world import BACKGROUNDS, COLOURS, SHAPES, describe, render, reverse_motion
 from tinydance.vae import to_frames

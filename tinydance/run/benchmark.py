@@ -1,14 +1,9 @@
 """Where a training step's time goes, and what share of the machine's own speed it reaches.
 
-    python train.py --stage benchmark
-    python train.py --stage benchmark --preset paper --batch 2 --gradient_checkpointing true
-
-Needs no weights: the networks have the run's sizes and random values. Each part is timed by itself
-and the whole step too, so the parts need not add up to it. The peak is the best matrix product of
-the machine in the same precision, measured and not looked up. MFU is the UNet's and the VAE's
-arithmetic of a step over the step's time, as a share of that peak. [ours]
-
-Not here: many machines; run it on one rank of yours.
+The networks have the run's sizes and random weights. The parts and the whole step are timed by
+themselves, so the parts need not add up. The peak is the machine's best matrix product in the same
+precision, measured. MFU is the UNet's and the VAE's arithmetic over the step's time, as a share of
+that peak. [ours] Not here: many machines; run it on one rank of yours.
 """
 
 import os
@@ -22,17 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinydance.clip import TextTower
 from tinydance.config import NETWORKS, Config
-from tinydance.data.batches import batches
-from tinydance.data.open import open_source
-from tinydance.model import SD2_TEXT, Batch, PixelDance
+from tinydance.data import batches, open_source
+from tinydance.model import SD2_TEXT, PixelDance
 from tinydance.schedulers import Schedule
 from tinydance.toy.losses import build_vocabulary
 from tinydance.training import DiffusionLoss, Machine, make_optimizer
 from tinydance.unet import UNet, UNetConfig
 from tinydance.vae import VAE, VAEConfig
 
-REPEATS = 3
 GIB = 2**30
+PARTS = ("data", "VAE", "forward of the rest", "backward", "Adam")
 
 
 def benchmark(config: Config, machine: Machine) -> None:
@@ -43,15 +37,11 @@ def benchmark(config: Config, machine: Machine) -> None:
     micro = min(config.micro_batch or clips, clips)
     source, objective = open_source(config), DiffusionLoss(model, config).train()
     optimizer = make_optimizer(objective, config.lr, config, machine)
-
-    def read() -> Batch:
-        return next(batches(source, 0, 1, micro))
+    zeros = partial(torch.zeros, micro, device=machine.device)
 
     def encode() -> None:
         with machine.autocast():
-            model.vae.encode_frames(
-                batch.frames, partial(torch.zeros, micro, device=machine.device)
-            )
+            model.vae.encode_frames(batch.frames, zeros)
 
     def forward() -> torch.Tensor:
         with machine.autocast():
@@ -61,39 +51,34 @@ def benchmark(config: Config, machine: Machine) -> None:
         optimizer.zero_grad(set_to_none=True)
         forward().backward()
 
-    batch, step_loss = read().part(slice(None), machine.device), objective
+    stream, step_loss = batches(source, 0, 9, micro), objective
+    batch = next(stream).part(slice(None), machine.device)
     vae_flops, flops = count_flops(encode), count_flops(forward)
     # Backward takes twice the arithmetic of forward; with checkpoints, forward is computed again.
-    passes = 4 if config.gradient_checkpointing else 3
-    flops = vae_flops + passes * (flops - vae_flops)
-
+    flops = vae_flops + (4 if config.gradient_checkpointing else 3) * (flops - vae_flops)
     step_loss = machine.distribute(objective, model.unet)
-    data, vae, ahead = measure(read, machine), measure(encode, machine), measure(forward, machine)
-    step = measure(forward_and_backward, machine)
+    data, vae = measure(partial(next, stream), machine), measure(encode, machine)
+    ahead, step = measure(forward, machine), measure(forward_and_backward, machine)
     # Adam's two moments come into being at its first step: 8 bytes a parameter.
-    missing = 8 * sum(p.numel() for p in model.unet.parameters()) / GIB - free_memory(machine)
-    adam = measure(optimizer.step, machine) * micro / clips if missing < 0 else 0.0
+    lacks = 8 * sum(p.numel() for p in model.unet.parameters()) / GIB - measure_memory(machine)[0]
+    adam = measure(optimizer.step, machine) * micro / clips if lacks < 0 else 0.0
+    total = (0 if config.workers else data) + step + adam
+    speed, peak = flops / total / 1e12, measure_matmul(machine) / 1e12
 
-    waited = 0.0 if config.workers else data  # workers read while the network computes
-    total, peak = waited + step + adam, measure_matmul(machine)
-    rows = {
-        "data" if waited else f"data, by one of {config.workers} workers meanwhile": data,
-        "VAE": vae,
-        "forward of the rest": ahead - vae,
-        "backward": step - ahead,
-        "Adam" if missing < 0 else f"Adam: not measured, lacks {missing:.1f} GiB": adam,
-    }
-    lines = [
-        f"preset {config.preset} on {machine.device}, {machine.dtype}: "
-        f"{micro} clips of {config.frames} x {config.height} x {config.width} at once",
-        "| part | seconds | share of the step |",
-        "| --- | --- | --- |",
-        *(f"| {name} | {time:.4f} | {time / total:.0%} |" for name, time in rows.items()),
-        f"{micro / total:.3g} clips/s, {flops / total / 1e12:.3g} TFLOP/s; the best matrix "
-        f"product here has {peak / 1e12:.3g}: MFU {flops / total / peak:.0%}",
-        f"peak memory {peak_memory(machine):.2f} GiB",
-    ]
-    print("\n".join(lines), flush=True)
+    size = f"{micro} clips of {config.frames} x {config.height} x {config.width}"
+    print(f"preset {config.preset} on {machine.device}, {machine.dtype}: {size} at once")
+    print("| part | seconds | share of the step |\n| --- | --- | --- |")
+    for name, seconds in zip(PARTS, (data, vae, ahead - vae, step - ahead, adam)):
+        print(f"| {name} | {seconds:.4f} | {seconds / total:.0%} |")
+    if config.workers:
+        print(f"data is the time of one of {config.workers} workers, who read meanwhile")
+    if lacks >= 0:
+        print(f"Adam is not measured: it lacks {lacks:.1f} GiB")
+    print(
+        f"{micro / total:.3g} clips/s, {speed:.3g} TFLOP/s; the best matrix product here has ",
+        end="",
+    )
+    print(f"{peak:.3g}: MFU {speed / peak:.0%}\npeak memory {measure_memory(machine)[1]:.2f} GiB")
 
 
 def make_random_model(config: Config) -> PixelDance:
@@ -115,25 +100,21 @@ def describe_memory(model: PixelDance) -> str:
     frozen = sum(p.numel() for part in (model.vae, model.text_tower) for p in part.parameters())
     # float32: the weights and their averages, and for what is trained gradients and two moments
     size = (4 * (2 * count + frozen) + 12 * trained) / GIB
-    return (
-        f"a UNet of {count:,} parameters, {trained:,} of them trained; {frozen:,} frozen in "
-        f"VAE and text tower; {size:.1f} GiB for all that, without activations"
-    )
+    parts = f"a UNet of {count:,} parameters, {trained:,} of them trained; {frozen:,} frozen in "
+    return f"{parts}VAE and text tower; {size:.1f} GiB for all that, without activations"
 
 
 def measure(work: Callable[[], object], machine: Machine) -> float:
-    """Seconds of the shortest of some runs, after one to warm up where a run is short."""
+    """Seconds of the shortest of three runs, after one to warm up; of fewer where they are long."""
     # A GPU still computes after a call returns.
     finish = torch.cuda.synchronize if machine.device.type == "cuda" else lambda: None
     times = []
-    for _ in range(1 + REPEATS):
+    while len(times) < 4 and sum(times) <= 60:
         finish()
         begun = time.perf_counter()
         work()
         finish()
         times.append(time.perf_counter() - begun)
-        if sum(times) > 60:
-            break
     return min(times)
 
 
@@ -154,17 +135,11 @@ def measure_matmul(machine: Machine) -> float:
     return best
 
 
-def free_memory(machine: Machine) -> float:
-    """GiB."""
+def measure_memory(machine: Machine) -> tuple[float, float]:
+    """GiB that are free, and the most that was taken: of the GPU, or of RAM by this process."""
     if machine.device.type == "cuda":
-        return torch.cuda.mem_get_info()[0] / GIB
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-
-
-def peak_memory(machine: Machine) -> float:
-    """GiB, of the device, or of this process where that is a CPU."""
-    if machine.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
+        return torch.cuda.mem_get_info()[0] / GIB, torch.cuda.max_memory_allocated() / GIB
     import resource  # Windows has none
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # it counts in KiB
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    return free, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of KiB

@@ -1,24 +1,17 @@
 """What the commands share: the parser, errors in one line, and progress.
 
-`train.py`, `sample.py`, `tinydance.toy.evaluate` and `tinydance.toy.figures` are commands. On a
-terminal progress is tqdm's bar; where there is none (a log file, a notebook) it is a plain line
-every 20 seconds. [ours]
-
-Not here: what the options are. Each command has its own; those of a training are `config.Config`.
+On a terminal progress is tqdm's bar. Where there is none (a log file, a notebook) it is a plain
+line every 20 seconds. [ours] Not here: a training's options, which are `config.Config`.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterable
 
 import torch
 from tqdm import tqdm
 
-from tinydance.config import Config
-
-EVERY = 20  # seconds between plain lines
 LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed}<{remaining}, {rate_fmt}{postfix}"
 
 
@@ -41,16 +34,10 @@ def run_main(main: Callable[[], None]) -> None:
         # Before the ranks have met, every rank finds the same error (a wrong argument): one line
         # from rank 0 is enough. Later each rank may have an error of its own, and says so.
         rank, has_met = os.environ.get("RANK", "0"), torch.distributed.is_initialized()
+        who = f"rank {rank}: " if has_met else ""
         if rank == "0" or has_met:
-            who = f"rank {rank}: " if has_met else ""
             print(f"{os.path.basename(sys.argv[0])}: {who}{error}", file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def describe_config(config: Config) -> str:
-    """One line per field, aligned: its name, its value, and where the choice comes from."""
-    rows = ((f.name, str(getattr(config, f.name)), f.metadata["help"]) for f in fields(config))
-    return "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows)
 
 
 class PlainLines:
@@ -74,14 +61,13 @@ class Progress(tqdm):
     monitor_interval = 0  # tqdm's thread, which is not needed: every update looks at the clock
 
     def __init__(
-        self, what: str, total: int | None, unit: str, initial=0, leave=False, shown=True, file=None
+        self, what, total, unit, initial=0, leave=False, shown=True, file=None, items=None
     ):
-        file = file or sys.stderr
-        options = {"desc": what, "total": total, "unit": unit, "initial": initial, "leave": leave}
-        options |= {"disable": not shown, "delay": 0 if leave else 1, "miniters": 1, "file": file}
+        file, layout = file or sys.stderr, {"miniters": 1, "delay": 0 if leave else 1}
         if not file.isatty():
-            options |= {"file": PlainLines(file), "mininterval": EVERY, "bar_format": LINE}
-        super().__init__(**options)
+            file, layout = PlainLines(file), layout | {"mininterval": 20, "bar_format": LINE}
+        layout |= {"initial": initial, "unit": unit, "disable": not shown}
+        super().__init__(items, what, total, leave, file, **layout)
 
     def update(self, count: int = 1, **values) -> None:
         """`count` more are done; names and values to show behind the count."""
@@ -90,10 +76,6 @@ class Progress(tqdm):
         super().update(count)
 
 
-def progress(items: Iterable, what: str, unit: str, total=None, shown=True) -> Iterator:
+def progress(items: Iterable, what: str, unit: str, total=None, shown=True) -> Iterable:
     """Yield the items, and count each when the caller asks for the next one."""
-    total = len(items) if hasattr(items, "__len__") else total
-    with Progress(what, total, unit, shown=shown) as bar:
-        for item in items:
-            yield item
-            bar.update()
+    return Progress(what, total, unit, shown=shown, items=items)

@@ -1,10 +1,16 @@
 """One training around `training.training_steps`: resume, log, save, publish, draw, stop.
 
-The steps come from a generator of the core; this loop does everything else with them. [ours]
-Not here: the step itself.
+The steps come from a generator of the core; this loop does everything else with them. What an
+objective tells is logged as it is told: a new number in the log is a change of the objective alone.
+[ours] Not here: the step itself.
 """
 
+import json
 import math
+import signal
+import sys
+import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,25 +18,26 @@ from torch import nn
 
 from tinydance.config import Config
 from tinydance.data.batches import Quota
-from tinydance.data.order import COUNTED
-from tinydance.run.checkpoints import resume, save_checkpoint
-from tinydance.run.log import Interrupted, Log, StopSignal, save_picture
+from tinydance.data.order import COUNTED, format_counts
+from tinydance.run.checkpoints import resume, save_checkpoint, set_aside
+from tinydance.run.cli import Progress
 from tinydance.training import Machine, Stage, Step, Trainee, training_steps
 
 
 def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
     """Train a stage to its end, from the newest checkpoint if there is one; -> the EMA weights.
 
-    Raises Interrupted after SIGTERM, SIGUSR1 or Ctrl-C, saved at the current step; ValueError
-    after `max_skips` steps in a row whose gradients are not finite, or where too many samples are
-    bad (see `data.batches.Quota`); OSError where the disk is full.
+    Raises InterruptedError after a signal, saved; ValueError after `max_skips` steps in a row
+    without finite gradients, or for too many bad samples; OSError where the disk is full.
     """
     folder, is_first = Path(config.out) / stage.name, machine.rank == 0
-    trainee = Trainee(stage, config, machine)
-    start = resume(folder / "checkpoints", config, trainee)
+    if config.resume == "none" and is_first:
+        set_aside(folder)
+    machine.wait()
+    trainee, saved = Trainee(stage, config, machine), folder / "checkpoints"
+    start, skipped, quota = resume(saved, config, trainee), 0, Quota(config.max_bad)
     if start >= stage.steps:
         return trainee.ema
-    skipped, quota = 0, Quota(config.max_bad)
     log = Log(stage, folder, start) if is_first else None
     with StopSignal() as stop:
         for step in training_steps(stage, config, machine, trainee, start):
@@ -40,10 +47,8 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
             quota.add(len(step.batch.sample_ids) * machine.world_size, counts)
             skipped = 0 if math.isfinite(step.grad_norm) else skipped + 1
             if skipped == config.max_skips:
-                raise ValueError(
-                    f"{skipped} steps in a row without finite gradients; "
-                    f"the last, {step.done}, had {', '.join(step.batch.names)}"
-                )
+                last = f"the last, {step.done}, had {', '.join(step.batch.names)}"
+                raise ValueError(f"{skipped} steps in a row without finite gradients; {last}")
             is_last = step.done == stage.steps or stopping
             if step.done % config.save_every == 0 or is_last:
                 trainee.gather()
@@ -52,20 +57,19 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
                     # it resumes before this step and writes both again.
                     stage.publish(trainee.ema)
                     head = {"step": step.done, "config": asdict(config)}
-                    save_checkpoint(folder / "checkpoints", step.done, head | trainee.state())
+                    save_checkpoint(saved, step.done, head | trainee.state())
                 machine.wait()
             if step.done % config.sample_every == 0 or is_last:
-                if is_first:
-                    picture = stage.show(trainee.ema)
+                if is_first and (picture := stage.show(trainee.ema)):
                     save_picture(picture, folder / "samples" / f"step_{step.done:08d}.png")
                 machine.wait()
             if stopping:
                 break
     if log:
         log.close()
-    if stopping and step.done < stage.steps:
+    if step.done < stage.steps:
         where = f"step {step.done} of {stage.steps} of stage {stage.name}"
-        raise Interrupted(f"stopped at {where}, and saved")
+        raise InterruptedError(f"stopped at {where}, and saved")
     return trainee.ema
 
 
@@ -80,3 +84,77 @@ def average(step: Step, asked: bool, machine: Machine) -> tuple[dict, float, boo
     numbers, counts = dict(zip(names, means)), zip(COUNTED, means[len(names) :])
     counts = {name: round(mean * machine.world_size) for name, mean in counts if mean}
     return {name: numbers[name] for name in step.numbers}, waited, stop > 0, counts
+
+
+class Log:
+    """log.jsonl in `folder`, and the progress. Rank 0 has one."""
+
+    def __init__(self, stage: Stage, folder: Path, start: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        # Steps after the checkpoint will be taken, and logged, again.
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
+        path.write_text("".join(kept))
+        self.file, self.begun, self.waited = path.open("a"), time.time(), 0.0
+        self.bar = Progress(stage.name, stage.steps, "step", start, leave=True, file=sys.stdout)
+        self.smooth: dict[str, float] = {}  # the numbers, averaged over some 50 steps
+        self.counts = Counter()  # of skipped steps, and of samples
+
+    def write(self, step: Step, numbers: dict, waited: float, counts: dict) -> None:
+        """numbers, waited: the step's, averaged over the ranks; counts: of all ranks' samples that
+        were bad, or padded, or without caption."""
+        seconds, is_skipped = time.time() - self.begun, not math.isfinite(step.grad_norm)
+        kind = "image" if step.batch.frames.shape[1] == 1 else "clip"
+        line = {"step": step.done, **numbers, "grad_norm": step.grad_norm, "lr": step.lr}
+        line |= {"kind": kind, "seconds": seconds, "waited": waited, "skipped": is_skipped}
+        line |= {"counts": counts} if counts else {}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in numbers.items():
+            if math.isfinite(value):
+                self.smooth[name] = 0.98 * self.smooth.get(name, value) + 0.02 * value
+        self.waited += waited
+        self.counts.update(counts, skipped=int(is_skipped))
+        shown = {name: f"{value:.4f}" for name, value in self.smooth.items()}
+        shown |= {"lr": f"{step.lr:.1e}", "data": f"{self.waited / max(seconds, 1e-9):.0%}"}
+        self.bar.update(**shown, counts=format_counts(self.counts) or "none")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+
+def save_picture(picture, path: Path) -> None:
+    """A picture that cannot be written is no reason to end a run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        print(f"note: {path} could not be written: {error}", flush=True)
+
+
+def tell(machine: Machine, text: str) -> None:
+    """Print on the first rank."""
+    if machine.rank == 0:
+        print(text, flush=True)
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C in `asked`. A second signal does what it always does."""
+
+    def __enter__(self) -> "StopSignal":
+        names = ("SIGTERM", "SIGUSR1", "SIGINT")  # Windows has no SIGUSR1
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self.asked, self.before = False, {number: signal.getsignal(number) for number in numbers}
+        for number in numbers:
+            signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, frame) -> None:
+        self.asked = True
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,8 +1,8 @@
 """What a training would see of its data, before it is started: `train.py --stage inspect`.
 
-A table from the headers of some rows (lengths, sizes, rates, what is wrong and how often), what
-became of the first samples when they were read as a training reads them, and these as a sheet.
-[ours] Not here: how rows are read. They read themselves (`data/rows.py`).
+A table from the headers of some rows, what became of the first samples when they were read as a
+training reads them, and these as a sheet. [ours]
+Not here: how rows are read. They read themselves (`data/rows.py`).
 """
 
 from collections import Counter
@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tinydance.config import Config
+from tinydance.data import Files, open_source
 from tinydance.data.cache import find_caches
-from tinydance.data.order import FIRST_IMAGE, Files, describe_source, format_counts
+from tinydance.data.order import FIRST_IMAGE, describe_source, format_counts
 from tinydance.run.cli import progress
+from tinydance.run.fit import save_picture
+from tinydance.training import Machine
 from tinydance.vae import holds_moments
 from tinydance.video.read import BadSample, pictures_in
 from tinydance.video.strips import film_strip
@@ -23,13 +27,15 @@ SAMPLES = 64  # clips that are read whole
 SHOWN = 16  # of them on the sheet, and as many pictures of image steps
 
 
-def inspect(source, path: Path) -> None:
+def inspect(config: Config, machine: Machine) -> None:
     """Print the text and save the sheet; a cache has no pixels to show, and so no sheet."""
+    if machine.rank > 0:
+        return
+    source, clips, counts = open_source(config, progress), [], Counter()
     lines = describe_source(source)
     for leaf in source.leaves():
         if isinstance(leaf, Files) and not find_caches(leaf):
             lines += describe_headers(leaf)
-    clips, counts = [], Counter()
     for n in progress(range(SAMPLES), "reading", "clip"):
         clip = source.sample(n)
         counts += clip.counts
@@ -45,8 +51,8 @@ def inspect(source, path: Path) -> None:
     for half in (images[: SHOWN // 2], images[SHOWN // 2 :]):
         rows.append(torch.cat([image.frames for image in half]))
         titles.append("image steps: " + " | ".join(image.caption for image in half))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    film_strip(rows, titles).save(path)
+    path = Path(config.out) / "inspect.png"
+    save_picture(film_strip(rows, titles), path)
     print(f"the sheet is {path}", flush=True)
 
 
@@ -54,14 +60,12 @@ def describe_headers(files: Files) -> list[str]:
     """What the headers of HEADERS rows, evenly chosen, say."""
     chosen = np.unique(np.linspace(0, len(files) - 1, HEADERS).astype(int)).tolist()
     headers, kinds, bad, examples = [], Counter(), Counter(), {}
-    for i in progress(chosen, "headers", "file"):
-        name = f"row {i}"
+    for row in (files.rows[i] for i in progress(chosen, "headers", "file")):
         try:
-            row = files.rows[i]
-            name, header = row.name, row.header()
+            header = row.header()
         except BadSample as error:
             bad[error.reason] += 1
-            examples.setdefault(error.reason, f"{name}: {error.message}")
+            examples.setdefault(error.reason, f"{row.name}: {error.message}")
             continue
         headers.append(header)
         kinds[header["codec"]] += 1
@@ -70,8 +74,7 @@ def describe_headers(files: Files) -> list[str]:
     found = format_counts(kinds) or "none can be read"
     lines = [f"  the headers of {len(chosen):,} of {len(files):,}: {found}"]
     for name in ("width", "height", "seconds", "fps"):
-        values = [header[name] for header in headers if name in header]
-        if values:
+        if values := [header[name] for header in headers if name in header]:
             low, middle, high = np.quantile(values, (0, 0.5, 1))
             lines.append(f"    {name:<8}{low:>9.6g} to {high:<9.6g} half below {middle:.6g}")
     for reason, count in bad.most_common():

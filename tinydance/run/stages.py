@@ -5,16 +5,14 @@
     image  the spatial layers as text-to-image on single frames
     video  everything, clips with an image step every 8th       (this is the paper)
 
-Each is a `Stage` for `fit`, and leaves a folder that the next one starts from. The paper takes "the
-widely used 2D UNet" (§3.1) and does not say which weights it starts from; Stable Diffusion 2.1 is
-what it makes first frames with (§4.2.1). To start from an image model, Stable Diffusion's at full
-scale and the image stage's in the toy world, is [ours: paper silent].
+Each is a `Stage` for `fit`, and leaves a folder that the next one starts from.
 Not here: the loop (`fit.py`), the losses (`training.py`, `toy/losses.py`).
 """
 
 import copy
+import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,11 +27,9 @@ from tinydance.data.open import Source
 from tinydance.data.order import collect_words, describe_source, format_counts
 from tinydance.model import PixelDance, Settings, read_schedule
 from tinydance.run.benchmark import benchmark, describe_memory
-from tinydance.run.checkpoints import set_aside
-from tinydance.run.cli import Progress, describe_config, progress
-from tinydance.run.fit import fit
+from tinydance.run.cli import Progress, progress
+from tinydance.run.fit import StopSignal, fit, tell
 from tinydance.run.inspect import inspect
-from tinydance.run.log import Interrupted, StopSignal
 from tinydance.schedulers import Schedule
 from tinydance.toy import SHIPPED_IMAGE, losses
 from tinydance.training import DiffusionLoss, Machine, Stage
@@ -43,14 +39,15 @@ from tinydance.video.strips import film_strip, psnr, show_clips, show_images
 from tinydance.weights import pick
 
 HELD_OUT = 1_000_003  # added to the seed of the clips that are shown and never trained on
+TRAINED_BY = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}
 
 
 def train(config: Config, stage: str = "all") -> None:
     """Run one stage, or every stage that is not there yet, each from what the ones before left."""
-    machine = Machine(config)
-    machine.compile = machine.compile and compiler_works(machine.device)
+    machine = make_machine(config)
     tell(machine, f"tinydance on {machine.world_size} x {machine.device}, {machine.dtype}")
-    tell(machine, describe_config(config))
+    rows = ((f.name, str(getattr(config, f.name)), f.metadata["help"]) for f in fields(config))
+    tell(machine, "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows))
     if stage in OTHERS:
         OTHERS[stage](config, machine)
     else:
@@ -58,19 +55,27 @@ def train(config: Config, stage: str = "all") -> None:
     machine.close()
 
 
-def tell(machine: Machine, text: object) -> None:
-    """Print on the first rank."""
-    if machine.rank == 0:
-        print(text, flush=True)
-
-
-def open_data(config: Config, machine: Machine) -> Source:
-    """The run's source, with a bar while it is indexed."""
-    return open_source(config, partial(progress, shown=machine.rank == 0))
+def make_machine(config: Config) -> Machine:
+    """Raises ValueError where torchrun could not start a rank again, and tries the compiler."""
+    # torchrun keeps one store of addresses over all restarts [torch 2.13]: a rank that starts
+    # again finds the address of a dead one there, and fails, or waits for hours.
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        needs = "--max-restarts needs --rdzv_backend=c10d (on one machine --standalone)"
+        raise ValueError(f"{needs} and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun")
+    machine = Machine(config)
+    try:
+        if machine.compile:
+            torch.compile(lambda x: x + x)(torch.ones(2, device=machine.device))
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = str(error).strip().splitlines()[0]
+        print(f"note: torch.compile does not work here ({reason}): going on without", flush=True)
+        machine.compile = False
+    return machine
 
 
 def run_stages(config: Config, machine: Machine, names) -> None:
-    source = open_data(config, machine)
+    source = open_source(config, partial(progress, shown=machine.rank == 0))
     held_out = replace(source, seed=config.seed + HELD_OUT)
     tell(machine, "\n".join(describe_source(source)))
     for name in names:
@@ -78,23 +83,23 @@ def run_stages(config: Config, machine: Machine, names) -> None:
             continue  # --init brings it
         if find_caches(source) and (name in ("vae", "text") or config.sketch):
             what = "--sketch draws" if config.sketch else f"stage {name} learns"
-            raise ValueError(
-                f"{what} from pixels, not from latents: give --data another than {config.data}"
-            )
-        if config.resume == "none" and machine.rank == 0:
-            set_aside(Path(config.out) / name)
-        machine.wait()
+            cure = f"give --data another than {config.data}"
+            raise ValueError(f"{what} from pixels, not from latents: {cure}")
         try:
             fit(STAGES[name](config, machine, source, held_out), config, machine)
-        except Interrupted as message:
+        except InterruptedError as message:
             tell(machine, f"{message}: the same command goes on from there")
             break
         except torch.OutOfMemoryError:
-            raise ValueError(
-                f"{machine.device} has too little memory for stage {name}: try a --micro_batch of "
-                "1, --gradient_checkpointing true, or on more ranks --zero true"
-            ) from None
+            lacks = f"{machine.device} has too little memory for stage {name}"
+            cures = "--micro_batch 1, --gradient_checkpointing true, or on more ranks --zero true"
+            raise ValueError(f"{lacks}: try {cures}") from None
         machine.wait()
+
+
+def share_work(config: Config, machine: Machine) -> dict:
+    """Which share of the data is this rank's, and how many processes read it."""
+    return {"rank": machine.rank, "world_size": machine.world_size, "workers": config.workers}
 
 
 # ---------------------------------------------------------------------------------- the four stages
@@ -120,7 +125,7 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
 
     objective = losses.ReconstructionLoss(vae, config.seed)
     options = {"batch": config.batch, "is_image_step": lambda step: True, "image_kind": "any"}
-    stream = partial(batches, source, **options, **rank_options(config, machine))
+    stream = partial(batches, source, **options, **share_work(config, machine))
     return Stage("vae", objective, vae, config.vae_steps, config.vae_lr, stream, publish, show)
 
 
@@ -133,9 +138,8 @@ def text_stage(config: Config, machine: Machine, source: Source, held_out: Sourc
     ids |= {"pad_token_id": tokenizer.pad_id, "vocab_size": len(tokenizer.vocab)}
     tower = TextTower(replace(shape, **ids))
     losses.init_clip(tower)
-    # CLIP's words start 0.02 apart, and 400 million pairs teach it to tell them apart. Here words
-    # that matter in few pairs, such as circle and square, would stay alike: so they start far
-    # apart. [ours]
+    # CLIP's words start 0.02 apart, and 400 million pairs part them. Here words that matter in few
+    # pairs, such as circle and square, would stay alike: so they start far apart. [ours]
     nn.init.normal_(tower.text_model["embeddings"]["token_embedding"].weight, std=0.5)
 
     def publish(ema: TextTower) -> None:
@@ -143,94 +147,71 @@ def text_stage(config: Config, machine: Machine, source: Source, held_out: Sourc
         ema.save(folder / "text_encoder")
 
     objective = losses.ContrastiveLoss(tower, tokenizer)
-    stream = partial(batches, source, batch=config.image_batch, **rank_options(config, machine))
+    stream = partial(batches, source, batch=config.image_batch, **share_work(config, machine))
     stage = Stage("text", objective, tower, config.text_steps, config.text_lr, stream, publish)
     return replace(stage, divisible=False)  # each clip is compared with the captions of all
 
 
-def unet_stage(
-    name: str, config: Config, machine: Machine, source: Source, held_out: Source
-) -> Stage:
+def unet_stage(name, config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
     """The UNet: as text-to-image on single frames, or on clips with images every so often."""
     torch.manual_seed(config.seed)
-    is_new = name == "image" and config.unet != "init"
+    is_image, folder = name == "image", Path(config.out) / name / "model"
+    is_new = is_image and config.unet != "init"
     unet = UNet(NETWORKS[config.unet]["unet"]) if is_new else load_unet(config, machine)
     unet.set_gradient_checkpointing(config.gradient_checkpointing)
     if config.train == "temporal":  # what the paper adds to an image model [Make-Your-Video]
-        for parameter_name, parameter in unet.named_parameters():
-            is_added = is_temporal(parameter_name) or parameter_name.startswith("conv_in")
-            parameter.requires_grad_(is_added)
+        for key, parameter in unet.named_parameters():
+            parameter.requires_grad_(is_temporal(key) or key.startswith("conv_in"))
     vae, tower = load_frozen(VAE, "vae", config), load_frozen(TextTower, "text_encoder", config)
     check_vae(source, vae)
     tokenizer = Tokenizer.from_folder(find_part("tokenizer", config))
     schedule = Schedule(**pick(vars(config), Schedule))
     settings = Settings(**pick(vars(config), Settings))
-    settings = replace(settings, frames=config.frames if name == "video" else 1)
+    settings = replace(settings, frames=1 if is_image else config.frames)
     model = PixelDance(unet, vae, tower, tokenizer, schedule, settings).to(machine.device)
     model.latent_size(config.height, config.width)  # raises before anything is trained
     tell(machine, f"stage {name}: {describe_memory(model)}")
-    folder = Path(config.out) / name / "model"
 
     def is_image_step(step: int) -> bool:
         every = config.image_every if config.train == "all" else 0  # images train no temporal layer
         return name == "image" or (every > 0 and step % every == every - 1)
 
     def publish(ema: UNet) -> None:
-        replace(model, unet=ema).save(folder, spatial=name == "image")
+        replace(model, unet=ema).save(folder, spatial=is_image)
 
     def show(ema: UNet):
-        is_image = name == "image"
         draw, kind, count = (show_images, "first", 6) if is_image else (show_clips, "clip", 3)
         samples = [held_out.sample(n, kind) for n in range(count)]
         with machine.autocast():
             return draw(replace(model, unet=ema), samples, config.seed)
 
     objective = DiffusionLoss(model, config)
-    steps = config.image_steps if name == "image" else config.video_steps
+    steps = config.image_steps if is_image else config.video_steps
     options = {"batch": config.batch, "image_batch": config.image_batch}
-    options |= {"is_image_step": is_image_step} | rank_options(config, machine)
-    return Stage(
-        name, objective, unet, steps, config.lr, partial(batches, source, **options), publish, show
-    )
+    options |= {"is_image_step": is_image_step} | share_work(config, machine)
+    stream = partial(batches, source, **options)
+    return Stage(name, objective, unet, steps, config.lr, stream, publish, show)
 
 
-STAGES: dict[str, Callable[..., Stage]] = {
-    "vae": vae_stage,
-    "text": text_stage,
-    "image": partial(unet_stage, "image"),
-    "video": partial(unet_stage, "video"),
-}
-
-
-def rank_options(config: Config, machine: Machine) -> dict:
-    """Which share of the data is this rank's, and who reads it."""
-    return {"rank": machine.rank, "world_size": machine.world_size, "workers": config.workers}
+STAGES: dict[str, Callable[..., Stage]] = {"vae": vae_stage, "text": text_stage}
+STAGES |= {name: partial(unet_stage, name) for name in ("image", "video")}
 
 
 # ------------------------------------------------------------------------- what a stage starts from
-TRAINED_BY = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}
-
-
 def find_part(part: str, config: Config) -> Path:
     """The folder of a part. Raises ValueError that says how to get one."""
     stage, out = TRAINED_BY[part], Path(config.out)
-    folder = out / stage / "model" / part
+    folder, is_shipped = out / stage / "model" / part, config.init == "shipped"
     if folder.exists():
         return folder
-    if config.init == "shipped":
-        if (out / "vae" / "model").exists():
-            raise ValueError(
-                f"{out} has a VAE of its own, whose latents the shipped image model does not "
-                "know: add --from-scratch"
-            )
-        folder = SHIPPED_IMAGE / part
-    elif config.init:
-        folder = Path(config.init) / part
+    if is_shipped and (out / "vae" / "model").exists():
+        own = f"{out} has a VAE of its own, whose latents the shipped image model does not know"
+        raise ValueError(f"{own}: add --from-scratch")
+    if config.init:
+        folder = (SHIPPED_IMAGE if is_shipped else Path(config.init)) / part
     elif getattr(config, f"{stage}_steps") == 0:
-        raise ValueError(
-            f"preset {config.preset} starts from a trained {part}: give --init FOLDER, a model "
-            "folder such as Stable Diffusion 2.1's"
-        )
+        needs = f"preset {config.preset} starts from a trained {part}"
+        raise ValueError(f"{needs}: give --init FOLDER, such as Stable Diffusion 2.1's")
     if not folder.exists():
         raise ValueError(f"{folder} is missing: run --stage {stage} first, or no --stage for all")
     return folder
@@ -243,52 +224,35 @@ def load_frozen(kind: type[nn.Module], part: str, config: Config) -> nn.Module:
 
 def load_unet(config: Config, machine: Machine) -> UNet:
     """The UNet to start from; a line is printed where it was trained to predict something else."""
-    folder = find_part("unet", config)
+    folder, now = find_part("unet", config), config.prediction_type
     scheduler = folder.parent / "scheduler"
     if (scheduler / "scheduler_config.json").is_file():
-        before, now = read_schedule(scheduler).prediction_type, config.prediction_type
+        before = read_schedule(scheduler).prediction_type
         if before != now:
             tell(machine, f"note: the UNet in {folder} learned to predict {before}, this run {now}")
     return UNet.from_folder(folder)
 
 
-def compiler_works(device: torch.device) -> bool:
-    """Try torch.compile on a sum; where it fails, one line says so."""
-    try:
-        torch.compile(lambda x: x + x)(torch.ones(2, device=device))
-    except Exception as error:  # whatever a missing or broken compiler raises
-        reason = str(error).strip().splitlines()[0]
-        print(f"note: torch.compile does not work here ({reason}): going on without", flush=True)
-        return False
-    return True
-
-
 # ------------------------------------------------------------------------------- beside the stages
-def inspect_data(config: Config, machine: Machine) -> None:
-    if machine.rank == 0:
-        inspect(open_data(config, machine), Path(config.out) / "inspect.png")
-
-
 def write_latents(config: Config, machine: Machine) -> None:
     """Write the data's latents to --out, by the VAE of --init; see `data/cache.py`."""
     if not config.init:
         raise ValueError("--stage latents needs a VAE: give --init FOLDER, with vae/ in it")
-    vae = load_frozen(VAE, "vae", config).to(machine.device)
-    source, ranks = open_data(config, machine), rank_options(config, machine)
-    checks = {"max_bad": config.max_bad, "autocast": machine.autocast}
-    share = write_cache(source, vae, config.out, config.data, **checks, **ranks)
-    written, is_first = next(share), machine.rank == 0
-    bar = Progress("latents", written.total, "video", written.done, leave=True, shown=is_first)
+    vae, is_first = load_frozen(VAE, "vae", config).to(machine.device), machine.rank == 0
+    source = open_source(config, partial(progress, shown=is_first))
+    options = {"max_bad": config.max_bad, "autocast": machine.autocast}
+    options |= share_work(config, machine)
+    share = write_cache(source, vae, config.out, config.data, **options)
+    now = next(share)
+    bar = Progress("latents", now.total, "video", now.done, leave=True, shown=is_first)
     with StopSignal() as stop, bar:
-        for written in share:
-            bar.update(written.done - bar.n, bad=format_counts(written.counts) or "none")
+        for now in share:
+            bar.update(now.done - bar.n, bad=format_counts(now.counts) or "none")
             if stop.asked:
                 break
-    is_done, goes_on = written.done == written.total, "stopped: the same command goes on from there"
-    tell(
-        machine,
-        f"{config.out} is written: --data {config.out} trains on it" if is_done else goes_on,
-    )
+    done = f"{config.out} is written: --data {config.out} trains on it"
+    is_done = now.done == now.total
+    tell(machine, done if is_done else "stopped: the same command goes on from there")
 
 
-OTHERS = {"benchmark": benchmark, "inspect": inspect_data, "latents": write_latents}
+OTHERS = {"benchmark": benchmark, "inspect": inspect, "latents": write_latents}

@@ -1,9 +1,9 @@
 """How the toy world's borrowed organs are trained: a small VAE, and a small text tower.
 
-The paper takes both from others and freezes them: Stable Diffusion's VAE, CLIP's text tower [paper
-§4.1]. A laptop has neither download nor room for them, so the toy preset trains its own in minutes,
-by simplified versions of their own recipes. Each objective takes a `Batch` and returns named
-numbers, of which "loss" is lowered.
+The paper takes a pre-trained VAE and text encoder and freezes them [paper §4.1]. A laptop has
+neither download nor room for such, so the toy preset trains its own in minutes, by simplified
+versions of their own recipes. Each objective takes a `Batch` and returns named numbers, of which
+"loss" is lowered.
 """
 
 from dataclasses import replace

@@ -11,9 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from tinydance.model import PixelDance
+from tinydance.model import PixelDance, Sample
 from tinydance.sampling import sample_frames
-from tinydance.training import Sample
 from tinydance.vae import to_frames
 
 RED, GREEN, GREY = "#d63031", "#27a04f", "#666666"
