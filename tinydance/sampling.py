@@ -183,12 +183,14 @@ def sample_frames(
     I_first: Tensor | None = None,
     I_last: Tensor | None = None,
     clips: int = 1,
+    further: dict[str, Tensor] = {},
     **changes,
 ) -> Tensor:
     """Frames, pixels (b, f, 3, H, W) in [-1, 1], of one video for every prompt.
 
     I_first, I_last: pixels (b, 3, H, W) or None. clips: chained, 1 + (f - 1) * clips frames.
-    changes: fields of `Settings`, such as tau="50%", seed=3; the size is that of the pictures.
+    further: instructions of other names, see `conditioning.py`. changes: fields of `Settings`, such
+    as tau="50%", seed=3; the size is that of the pictures.
     """
     pictures = {"first": I_first, "last": I_last}
     pictures = {name: picture for name, picture in pictures.items() if picture is not None}
@@ -196,7 +198,7 @@ def sample_frames(
         changes = {"height": picture.shape[-2], "width": picture.shape[-1]} | changes
     settings = replace(model.settings, **changes)
     instructions = {name: encode_picture(model, picture) for name, picture in pictures.items()}
-    parts = chain(model, prompts, clips, instructions, settings)
+    parts = chain(model, prompts, clips, instructions | further, settings)
     return torch.cat([model.vae.decode_video(z_0).clamp(-1, 1) for z_0 in parts], dim=1)
 
 

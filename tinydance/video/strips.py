@@ -71,7 +71,8 @@ def psnr(x: Tensor, y: Tensor) -> float:
 def show_images(model: PixelDance, samples: list[Sample], seed: int) -> Image.Image:
     """Sample single frames for the captions of `samples`: a row of eight for each caption."""
     captions = [sample.caption for sample in samples]
-    frames = to_frames(sample_frames(model, captions * 8, frames=1, seed=seed))
+    further = {name: x.repeat(8, 1, 1, 1, 1) for name, x in stack(samples, model.device).items()}
+    frames = to_frames(sample_frames(model, captions * 8, further=further, frames=1, seed=seed))
     rows = frames.unflatten(0, (8, len(captions))).transpose(0, 1).flatten(1, 2)  # (8 n) 1 -> n 8
     return film_strip(list(rows), captions)
 
@@ -83,9 +84,16 @@ def show_clips(model: PixelDance, samples: list[Sample], seed: int, **changes) -
     pixels = model.vae.decode_frames(torch.stack([s.frames for s in samples]).to(model.device))
     first, last = pixels[:, 0], pixels[:, -1]
     given = {"text": (None, None), "text, first": (first, None), "text, first, last": (first, last)}
-    made = [sample_frames(model, captions, *pair, seed=seed, **changes) for pair in given.values()]
+    changes |= {"seed": seed, "further": stack(samples, model.device)}
+    made = [sample_frames(model, captions, *pair, **changes) for pair in given.values()]
     rows = to_frames(torch.stack(made, dim=1).flatten(0, 1))  # 3 times b f -> (b 3) f
     titles = [f"{caption} ({name})" for caption in captions for name in given]
     firsts = [x for frame in to_frames(first) for x in (None, frame, frame)]
     lasts = [x for frame in to_frames(last) for x in (None, None, frame)]
     return film_strip(list(rows), titles, first=firsts, last=lasts)
+
+
+def stack(samples: list[Sample], device) -> dict[str, Tensor]:
+    """The further instructions of samples, (b, f, c, h, w), by name."""
+    names = samples[0].instructions
+    return {name: torch.stack([s.instructions[name] for s in samples]).to(device) for name in names}
