@@ -275,7 +275,7 @@ SAMPLE_ERRORS = [
     (["--last", "photo.jpg", "--tau", "99"], "tau is 99; use 0 to 4"),
     (["--last", "photo.jpg", "--tau", "-1"], "tau is -1"),
     (["--tau", "2"], "--tau say how --last is shown"),
-    (["--last", "photo.jpg", "--tau", "half"], "tau is half; use 0 to 4, the number of steps, or"),
+    (["--last", "photo.jpg", "--tau", "half"], "tau is half; use 0 to 4 steps, or"),
     (["--last", "photo.jpg", "--tau", "101%"], "tau is 101%"),
     (["--sketch"], "--sketch and --tau say how --last is shown"),
     (["--first", "photo.jpg", "photo.jpg", "--last", *["photo.jpg"] * 3], "first: 2 for 3 videos"),
