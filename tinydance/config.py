@@ -44,7 +44,9 @@ class Config:
         "",
         "model folder to start from: SD 2.1's, ModelScope's, ours, 'shipped' [ours: paper silent]",
     )
-    unet: Literal["init", "toy", "small"] = option("init", "of the image stage: --init's, or new")
+    unet: Literal["init", "toy", "small"] = option(
+        "init", "which UNet the image stage trains: --init's, or a new one of this size"
+    )
     resume: Literal["auto", "none"] = free("auto", "from the newest checkpoint; none: set it aside")
     out: str = free("runs/toy", "where stages write checkpoints, samples and models")
     seed: int = option(0, "all randomness is a function of it, the step and the sample")
@@ -55,12 +57,12 @@ class Config:
     height: int = option(Settings.height, "pixels [paper §4.1]", low=8)
     width: int = option(Settings.width, "pixels [paper §4.1]", low=8)
     crop: Literal["centre", "random"] = option(
-        "centre", "of wider pictures [ours: paper silent; SD]"
+        "centre", "which part of a wider picture is taken [ours: paper silent; SD]"
     )
     short: Literal["pad", "reject"] = option(
-        "pad", "too short a video: repeat its end, or skip [ours]"
+        "pad", "a video shorter than a clip: repeat its last picture, or take another [ours]"
     )
-    starts: Literal["any", "grid"] = option("any", "of clips; grid: at multiples of 1 / fps [ours]")
+    starts: Literal["any", "grid"] = option("any", "when clips start; grid: every 1 / fps s [ours]")
 
     # diffusion
     num_train_timesteps: int = option(Schedule.num_train_timesteps, "T [paper §4.1]", low=1)
@@ -76,12 +78,16 @@ class Config:
         Schedule.timestep_spacing, "trailing begins at the purest noise [ours: paper silent; SD]"
     )
     steps: int = free(Settings.steps, "of sampling [ours: paper silent; ModelScope]", low=1)
-    guidance: float = free(Settings.guidance, "1: off [ours: paper silent; DynamiCrafter]")
+    guidance: float = free(
+        Settings.guidance, "of sampling; 1 is off [ours: paper silent; DynamiCrafter]"
+    )
     tau: float = free(Settings.tau, "share of steps that see the last frame [Fig. 7]", high=1)
 
     # the instructions
     eta: float = option(0.25, "share of last frames dropped in training [paper §1, §3.2]", high=1)
-    cond_noise_t: int = option(Settings.cond_noise_t, "noise on c_image [paper §4.1]", high=999)
+    cond_noise_t: int = option(
+        Settings.cond_noise_t, "steps of noise on c_image [paper §4.1]", high=999
+    )
     text_drop: float = option(0.1, "share of captions dropped [ours: paper silent; SD]", high=1)
     sketch: bool = option(False, "show last frames as edge drawings [paper §4.5]")
     image_every: int = option(8, "one step of this many is a batch of images [paper §4.1]")
@@ -91,7 +97,7 @@ class Config:
     image_batch: int = option(1536, "images an image step [ours: paper silent; 8 x batch]", low=1)
     micro_batch: int = free(0, "clips at once on a rank, whose gradients add up; 0: all [ours]")
     train: Literal["all", "temporal"] = option(
-        "all", "or temporal layers, conv_in [Make-Your-Video]"
+        "all", "or only what is new: temporal layers and conv_in [Make-Your-Video]"
     )
     lr: float = option(5e-5, "AdamW's learning rate [ours: paper silent; ModelScope]")
     vae_lr: float = option(1e-4, "of the VAE stage [ours]")
@@ -108,7 +114,9 @@ class Config:
 
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = free("auto", "auto: cuda before mps before cpu")
-    dtype: Literal["auto", "float32", "bfloat16"] = free("auto", "in products; weights are float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = free(
+        "auto", "of autocast; weights stay float32"
+    )
     compile: Literal["auto", "on", "off"] = free("auto", "torch.compile; auto: on with CUDA")
     zero: bool = free(False, "each rank keeps a share of Adam's moments [ZeRO, stage 1]")
     gradient_checkpointing: bool = free(False, "less memory for a third more time")
