@@ -364,7 +364,17 @@ def read_output(process):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(straight, tmp_path_factory):
+def hung(straight, tmp_path_factory):
+    """A rank that hangs, while the tests before it run: most of its half minute is waiting."""
+    out = tmp_path_factory.mktemp("hung")
+    before_the_video_stage(straight, out)
+    # timeout: the ranks of a busy machine start seconds apart, and must not give up before the hang
+    fault = ["hang", "3", f"out={out}", "timeout=0.5"]
+    return out, run_script(*fault, ranks=2, script="faulty_training.py")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(straight, hung, tmp_path_factory):
     """The video stage on two ranks, undisturbed."""
     out = tmp_path_factory.mktemp("two_ranks")
     before_the_video_stage(straight, out)
@@ -455,14 +465,11 @@ def test_an_error_on_one_rank_is_told_in_its_own_words(straight, tmp_path):
     assert "faulty_training.py: rank 1: clips/7.mp4 is bad; take it out" in output
 
 
-def test_a_hung_rank_ends_the_run(straight, tmp_path):
-    before_the_video_stage(straight, tmp_path)
-    # timeout: the ranks of a busy machine start seconds apart, and must not give up before the hang
-    fault = ["hang", "3", f"out={tmp_path}", "timeout=0.5"]
-    process = run_script(*fault, ranks=2, script="faulty_training.py")
+def test_a_hung_rank_ends_the_run(hung):
+    out, process = hung
     output = read_output(process)
     assert process.returncode != 0 and "imed out" in output, output
-    assert (tmp_path / "happened").exists(), output
+    assert (out / "happened").exists(), output
 
 
 def test_restarts_without_a_fresh_store_are_refused(monkeypatch):

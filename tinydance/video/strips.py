@@ -81,7 +81,9 @@ def show_clips(model: PixelDance, samples: list[Sample], seed: int, **changes) -
     """Sample clips from the captions of `samples` alone, with their first frames as well, and with
     their first and last frames. changes: settings, as for `sample_frames`."""
     captions = [sample.caption for sample in samples]
-    pixels = model.vae.decode_frames(torch.stack([s.frames for s in samples]).to(model.device))
+    # Cached moments are float16, which autocast on a CPU does not stack.
+    clips = [s.frames if s.frames.dtype == torch.uint8 else s.frames.float() for s in samples]
+    pixels = model.vae.decode_frames(torch.stack(clips).to(model.device))
     first, last = pixels[:, 0], pixels[:, -1]
     given = {"text": (None, None), "text, first": (first, None), "text, first, last": (first, last)}
     changes |= {"seed": seed, "further": stack(samples, model.device)}
