@@ -40,6 +40,7 @@ from tinydance.unet import UNet, UNetConfig, is_temporal
 from tinydance.vae import VAEConfig, to_pixels
 from tinydance.video.strips import psnr
 from tinydance.weights import load_weights, read_config
+from tinydance.weights.safetensors import save_safetensors
 
 
 def newest(folder, stage="video"):
@@ -268,6 +269,19 @@ def test_resume_none_sets_the_old_run_aside(straight, tmp_path):
     assert newest(tmp_path)["step"] == 1 and newest(tmp_path, "video_1")["step"] == 8
     tiny_train("video", out=str(tmp_path), video_steps=2)  # and goes on as ever
     assert newest(tmp_path)["step"] == 2
+
+
+def test_a_stage_begun_anew_starts_from_init_and_not_from_its_old_self(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.copytree(straight / "image" / "model", tmp_path / "init")
+    weights = tmp_path / "init" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_weights(weights)
+    tensors["conv_out.bias"] = tensors["conv_out.bias"] + 7
+    save_safetensors(tensors, weights)
+    given = {"init": str(tmp_path / "init"), "unet": "init", "lr": 0.0, "image_steps": 1}
+    tiny_train("image", out=str(tmp_path / "run"), resume="none", **given)
+    begun = load_weights(tmp_path / "run" / "image" / "model" / "unet")
+    assert torch.equal(begun["conv_out.bias"], tensors["conv_out.bias"])
 
 
 def before_the_video_stage(straight, out):

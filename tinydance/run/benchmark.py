@@ -74,11 +74,8 @@ def benchmark(config: Config, machine: Machine) -> None:
         print(f"data is the time of one of {config.workers} workers, who read meanwhile")
     if lacks >= 0:
         print(f"Adam is not measured: it lacks {lacks:.1f} GiB")
-    print(
-        f"{micro / total:.3g} clips/s, {speed:.3g} TFLOP/s; the best matrix product here has ",
-        end="",
-    )
-    print(f"{peak:.3g}: MFU {speed / peak:.0%}\npeak memory {measure_memory(machine)[1]:.2f} GiB")
+    print(f"{micro / total:.3g} clips/s, {speed:.3g} TFLOP/s; the best matrix product here has")
+    print(f"{peak:.3g}: MFU {speed / peak:.0%}; peak memory {measure_memory(machine)[1]:.2f} GiB")
 
 
 def make_random_model(config: Config) -> PixelDance:

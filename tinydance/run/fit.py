@@ -19,7 +19,7 @@ from torch import nn
 from tinydance.config import Config
 from tinydance.data.batches import Quota
 from tinydance.data.order import COUNTED, format_counts
-from tinydance.run.checkpoints import resume, save_checkpoint, set_aside
+from tinydance.run.checkpoints import resume, save_checkpoint
 from tinydance.run.cli import Progress
 from tinydance.training import Machine, Stage, Step, Trainee, training_steps
 
@@ -31,9 +31,6 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
     without finite gradients, or for too many bad samples; OSError where the disk is full.
     """
     folder, is_first = Path(config.out) / stage.name, machine.rank == 0
-    if config.resume == "none" and is_first:
-        set_aside(folder)
-    machine.wait()
     trainee, saved = Trainee(stage, config, machine), folder / "checkpoints"
     start, skipped, quota = resume(saved, config, trainee), 0, Quota(config.max_bad)
     if start >= stage.steps:

@@ -16,7 +16,6 @@ from tinydance.data import Files, open_source
 from tinydance.data.cache import find_caches
 from tinydance.data.order import FIRST_IMAGE, describe_source, format_counts
 from tinydance.run.cli import progress
-from tinydance.run.fit import save_picture
 from tinydance.training import Machine
 from tinydance.vae import holds_moments
 from tinydance.video.read import BadSample, pictures_in
@@ -52,7 +51,8 @@ def inspect(config: Config, machine: Machine) -> None:
         rows.append(torch.cat([image.frames for image in half]))
         titles.append("image steps: " + " | ".join(image.caption for image in half))
     path = Path(config.out) / "inspect.png"
-    save_picture(film_strip(rows, titles), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    film_strip(rows, titles).save(path)
     print(f"the sheet is {path}", flush=True)
 
 
@@ -60,12 +60,14 @@ def describe_headers(files: Files) -> list[str]:
     """What the headers of HEADERS rows, evenly chosen, say."""
     chosen = np.unique(np.linspace(0, len(files) - 1, HEADERS).astype(int)).tolist()
     headers, kinds, bad, examples = [], Counter(), Counter(), {}
-    for row in (files.rows[i] for i in progress(chosen, "headers", "file")):
+    for i in progress(chosen, "headers", "file"):
+        name = f"row {i}"
         try:
-            header = row.header()
+            row = files.rows[i]  # may be bad already, by its caption
+            name, header = row.name, row.header()
         except BadSample as error:
             bad[error.reason] += 1
-            examples.setdefault(error.reason, f"{row.name}: {error.message}")
+            examples.setdefault(error.reason, f"{name}: {error.message}")
             continue
         headers.append(header)
         kinds[header["codec"]] += 1

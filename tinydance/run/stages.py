@@ -27,6 +27,7 @@ from tinydance.data.open import Source
 from tinydance.data.order import collect_words, describe_source, format_counts
 from tinydance.model import PixelDance, Settings, read_schedule
 from tinydance.run.benchmark import benchmark, describe_memory
+from tinydance.run.checkpoints import set_aside
 from tinydance.run.cli import Progress, progress
 from tinydance.run.fit import StopSignal, fit, tell
 from tinydance.run.inspect import inspect
@@ -85,6 +86,9 @@ def run_stages(config: Config, machine: Machine, names) -> None:
             what = "--sketch draws" if config.sketch else f"stage {name} learns"
             cure = f"give --data another than {config.data}"
             raise ValueError(f"{what} from pixels, not from latents: {cure}")
+        if config.resume == "none" and machine.rank == 0:
+            set_aside(Path(config.out) / name)  # before the stage looks for what it starts from
+        machine.wait()
         try:
             fit(STAGES[name](config, machine, source, held_out), config, machine)
         except InterruptedError as message:
@@ -174,7 +178,7 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
 
     def is_image_step(step: int) -> bool:
         every = config.image_every if config.train == "all" else 0  # images train no temporal layer
-        return name == "image" or (every > 0 and step % every == every - 1)
+        return is_image or (every > 0 and step % every == every - 1)
 
     def publish(ema: UNet) -> None:
         replace(model, unet=ema).save(folder, spatial=is_image)
