@@ -27,7 +27,7 @@ from tinydance.sampling import first_frame, sample
 from tinydance.toy import SHIPPED
 from tinydance.vae import to_frames, to_pixels
 from tinydance.video import story
-from tinydance.video.read import BadSample, pictures_in, read_clip, read_header, read_image
+from tinydance.video.read import BadSample, pictures_in, read_clip, read_image, read_seconds
 from tinydance.video.write import read_metadata
 
 PROMPT = "a red circle bounces to the right"
@@ -41,8 +41,9 @@ def parse() -> Namespace:
     """The arguments. A setting that is not given is None: the model's own counts."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("prompt", nargs="?", help=f"default, where nothing is given: {PROMPT}")
-    add("--prompts", help="a file with a prompt per line, for a video each")
+    text = parser.add_mutually_exclusive_group().add_argument
+    text("prompt", nargs="?", help=f"default, where nothing is given: {PROMPT}")
+    text("--prompts", help="a file with a prompt per line, for a video each")
     add("--first", nargs="+", default=[], help="picture: first-frame instruction")
     add("--last", nargs="+", default=[], help="picture: last-frame instruction")
     add("--sketch", action="store_true", help="show --last as an edge drawing")
@@ -85,8 +86,8 @@ def main() -> None:
     image_model = PixelDance.from_folder(args.t2i).to(device) if args.t2i else None
     words = [word for word in sys.argv[1:] if word != "--resume"]  # it makes no difference
     metadata = {"device": device, "dtype": str(dtype), "model": story.fingerprint(args.model)}
-    metadata["t2i"] = args.t2i and story.fingerprint(args.t2i)
-    metadata["command"] = shlex.join(["python", "sample.py", *words])
+    metadata |= {"t2i": args.t2i and story.fingerprint(args.t2i)}
+    metadata |= {"command": shlex.join(["python", "sample.py", *words])}
     videos = read_videos(args, model)
     outs, todo, kept = name_outputs(args.out, len(videos)), [], 0
     for n in range(rank, len(videos), world_size):  # each rank has its share
@@ -146,19 +147,20 @@ def read_shots(args: Namespace, settings: Settings) -> list[story.Shot]:
         # between is made anew, in as many frames as the video lasts, or --frames of them.
         try:
             if args.frames is None:
-                frames = max(2, pictures_in(read_header(args.edit).seconds, settings.fps))
+                frames = max(2, pictures_in(read_seconds(args.edit), settings.fps))
                 settings = replace(settings, frames=frames)
-            clip = read_clip(args.edit, 0.0, settings.frames, settings.fps, size)
+            times = 0.0, (settings.frames - 1) / settings.fps
+            ends = [read_clip(args.edit, time, 1, settings.fps, size)[0] for time in times]
         except BadSample as error:
             raise ValueError(f"{args.edit}: {error}") from None
-        lists = {"first": lists["first"] or [clip[0]], "last": lists["last"] or [clip[-1]]}
+        lists = {name: lists[name] or [end] for name, end in zip(PICTURES, ends)}
     if args.sketch:
         lists["last"] = [to_frames(sketch(to_pixels(picture))) for picture in lists["last"]]
     lists = {name: pictures for name, pictures in lists.items() if pictures}
+    if args.t2i and "first" in lists:
+        raise ValueError("--t2i makes a first frame: leave it out, or --first and --edit")
     prompts = [args.prompt if args.prompt is not None else "" if lists else PROMPT]
     if args.prompts:
-        if args.prompt:
-            raise ValueError(f"give {args.prompt!r} or --prompts {args.prompts}, not both")
         lines = Path(args.prompts).read_text("utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:

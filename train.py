@@ -19,7 +19,7 @@ from tinydance.run.stages import OTHERS, STAGES, train
 
 def main() -> None:
     parser, stages = Parser(description=__doc__), ("all", *STAGES, *OTHERS)
-    parser.add_argument("--stage", default="all", help=f"one of {', '.join(stages)}")
+    parser.add_argument("--stage", default="all", choices=stages, help="which alone; default: all")
     parser.add_argument("--from-scratch", action="store_true", help="start from no trained part")
     for f in fields(Config):
         words = PRESETS if f.name == "preset" else get_args(f.type)
@@ -29,8 +29,6 @@ def main() -> None:
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
-    if args.stage not in stages:
-        raise ValueError(f"unknown stage {args.stage!r}{did_you_mean(args.stage, stages)}")
     if args.from_scratch and args.init:
         raise ValueError(f"--from-scratch has no use for --init {args.init}: give one of the two")
     given = {f.name: x for f in fields(Config) if (x := getattr(args, f.name)) is not None}

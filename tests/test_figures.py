@@ -110,6 +110,16 @@ def test_what_was_saved_apart_is_read_together(model, monkeypatch, capsys, tmp_p
     assert "unknown figure 'drifts'" in capsys.readouterr().err
 
 
+def test_a_strip_has_three_rows_a_clip(monkeypatch, tmp_path):
+    model = tiny_model()
+    model.settings = replace(model.settings, frames=4, height=32, width=32, steps=2)
+    monkeypatch.setattr(figures.PixelDance, "from_folder", lambda path: model)
+    out = str(tmp_path / "strip.png")
+    monkeypatch.setattr(sys, "argv", ["figures", "strip", "--clips", "2", "--out", out])
+    run_main(figures.main)
+    assert Image.open(out).height > 6 * 96 and Image.open(out).width > 4 * 96
+
+
 def test_the_nearest_training_clip_is_found(model, monkeypatch):
     truth = torch.from_numpy(np.stack([render(scene) for scene in sample_hidden(0, 2)]))
     monkeypatch.setattr(figures, "sample_frames", lambda model, captions: to_pixels(truth))

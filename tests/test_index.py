@@ -512,16 +512,6 @@ def test_a_source_of_pictures_gives_clips_of_one_frame(pictures):
 # Rows
 
 
-def test_a_row_tells_its_header_without_being_decoded(tmp_path, pictures):
-    make_video(tmp_path / "v.mp4", frames=100)
-    [row] = table(tmp_path / "a.csv", "path,caption,start,end\nv.mp4,x,1,3\n")
-    height, width = SIZE
-    header = {"width": width, "height": height, "codec": "h264", "seconds": 2.0, "fps": 25.0}
-    assert row.header() == header
-    good = next(row for row in Folder(pictures, Picture) if row.name == "good.jpg")
-    assert good.header() == {"width": 60, "height": 80, "codec": "JPEG"}
-
-
 @dataclass
 class FrameFolder:
     """A video as a folder of numbered pictures, 4 a second."""

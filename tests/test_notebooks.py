@@ -6,7 +6,6 @@ import copy
 import keyword
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 
@@ -43,20 +42,6 @@ def printed(cell) -> str:
 
 
 # ------------------------------------------------------------------------------------ they run
-def run_solved(path: Path):
-    notebook = run.with_solutions(run.read(path), run.solutions(path), stubs=True)
-    run.execute(notebook, fast=True)
-    return notebook
-
-
-@pytest.fixture(scope="module")
-def running():
-    """Every notebook in a kernel of its own, two at a time, each with one thread."""
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield {path.stem: pool.submit(run_solved, path) for path in NOTEBOOKS}
-
-
 @each_notebook
 def test_it_runs_in_a_kernel_where_stubs_fail_their_checks_and_solutions_pass(name, running):
     notebook = running[name].result()

@@ -15,7 +15,7 @@ def clock(monkeypatch):
 
 
 def test_a_plain_line_at_most_every_20_seconds_and_at_the_end(clock, capsys):
-    with Progress("training", 9, "step", initial=2, leave=True) as bar:
+    with Progress("training", 9, "step", done=2, leave=True) as bar:
         for loss in range(7):
             bar.update(loss=loss)
     out, err = capsys.readouterr()

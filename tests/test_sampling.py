@@ -20,7 +20,7 @@ from tinydance.sampling import (
 )
 from tinydance.schedulers import Schedule
 from tinydance.toy.losses import build_vocabulary
-from tinydance.weights.files import read_config, write_config
+from tinydance.weights.files import read_config, write_json
 
 
 @pytest.fixture
@@ -338,7 +338,9 @@ def test_a_folder_from_the_hub_says_how_large_its_pictures_are(model, tmp_path):
     model.save(tmp_path)
     (tmp_path / "pixeldance.json").unlink()
     assert PixelDance.from_folder(tmp_path).settings.width == 32 * model.vae.stride
-    write_config(tmp_path / "unet", read_config(tmp_path / "unet") | {"sample_size": 96})
+    write_json(
+        tmp_path / "unet" / "config.json", read_config(tmp_path / "unet") | {"sample_size": 96}
+    )
     assert PixelDance.from_folder(tmp_path).settings.height == 96 * model.vae.stride
 
 

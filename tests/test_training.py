@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from reference import HERE, difference, tiny_model, tiny_unet
 from tiny_training import FIELDS, tiny_train
 
@@ -22,7 +21,7 @@ from tinydance.config import NETWORKS, make_config
 from tinydance.data import batches
 from tinydance.model import Batch, PixelDance
 from tinydance.run.checkpoints import checkpoints
-from tinydance.run.fit import fit, save_picture
+from tinydance.run.fit import fit
 from tinydance.run.stages import make_machine
 from tinydance.sampling import sample_frames
 from tinydance.schedulers import add_noise
@@ -572,19 +571,13 @@ def test_a_device_that_is_too_small_names_what_helps(straight, tmp_path, monkeyp
         tiny_train("video", out=str(tmp_path))
 
 
-def test_a_picture_that_cannot_be_written_does_not_end_a_run(tmp_path, capsys):
-    (tmp_path / "samples").write_text("a file where the folder should be")
-    save_picture(Image.new("RGB", (2, 2)), tmp_path / "samples" / "x.png")
-    assert "could not be written" in capsys.readouterr().out
-
-
 def test_the_benchmark_prints_where_the_time_goes(capsys, monkeypatch):
     from tinydance.run import benchmark
 
     monkeypatch.setattr(benchmark, "measure_matmul", lambda machine: 1e12)
     tiny_train("benchmark")
     table = capsys.readouterr().out
-    parts = ("| data |", "| VAE |", "| backward |", "| Adam |", "clips/s", "MFU", "peak memory")
+    parts = ("| data |", "| VAE |", "| backward |", "clips/s", "MFU", "peak memory")
     assert all(part in table for part in parts), table
 
 

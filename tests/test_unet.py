@@ -22,7 +22,7 @@ from tinydance.unet import (
     to_time_rows,
 )
 from tinydance.weights.diffusers import read_unet_config
-from tinydance.weights.files import write_config
+from tinydance.weights.files import write_json
 from tinydance.weights.safetensors import save_safetensors
 
 
@@ -205,7 +205,7 @@ def test_a_four_channel_image_model_starts_a_video_model(tmp_path):
     four_channels = UNetConfig(**read_unet_config(config) | {"in_channels": 4})
     weights = fill(UNet(four_channels)).state_dict()
     spatial = {k: v for k, v in weights.items() if not is_temporal(k)}
-    write_config(tmp_path, config)
+    write_json(tmp_path / "config.json", config)
     save_safetensors(spatial, tmp_path / "diffusion_pytorch_model.safetensors")
     unet = UNet.from_folder(tmp_path).eval()
     assert unet.config.in_channels == 8
@@ -261,7 +261,7 @@ def save_as_published(unet, folder, kind):
     config |= {"use_linear_projection": True} if kind == "2D" else {"temporal_dropout": 0.0}
     weights = {k: v for k, v in unet.state_dict().items() if kind == "3D" or not is_temporal(k)}
     weights["conv_in.weight"] = weights["conv_in.weight"][:, :4].clone()
-    write_config(folder, config)
+    write_json(folder / "config.json", config)
     save_safetensors(weights, folder / "diffusion_pytorch_model.safetensors")
 
 

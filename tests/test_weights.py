@@ -8,14 +8,16 @@ import ast
 import gzip
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from torch import nn
 
 from tinydance.unet import UNet, UNetConfig
-from tinydance.weights import load_into, load_safetensors, load_weights, read_config
+from tinydance.weights import load_into, load_weights, read_config
 from tinydance.weights.diffusers import (
     is_temporal,
     read_unet_config,
@@ -25,9 +27,9 @@ from tinydance.weights.diffusers import (
     write_unet_config,
     write_vae_config,
 )
-from tinydance.weights.files import pick, whole_file, write_config
+from tinydance.weights.files import pick, whole_file, write_json
 from tinydance.weights.ldm import text_from_any, unet_from_ldm, vae_from_ldm
-from tinydance.weights.safetensors import save_safetensors
+from tinydance.weights.safetensors import load_safetensors, save_safetensors
 
 KEYS = Path(__file__).parent / "keys"
 
@@ -139,6 +141,12 @@ HOSTILE = {
     "no UTF-8": safetensors_bytes(b'{"\xff": 1}'),
     "a list": safetensors_bytes([1, 2]),
     "an endless nesting": safetensors_bytes(b"[" * 100_000),
+    "a name twice": safetensors_bytes(
+        b'{"w": %s, "w": %s}' % (2 * (json.dumps(entry()).encode(),)), bytes(8)
+    ),
+    "a field twice": safetensors_bytes(
+        b'{"w": {"dtype": "F32", "shape": [3], "shape": [2], "data_offsets": [0, 8]}}', bytes(8)
+    ),
     "an entry that is a number": safetensors_bytes({"w": 3}),
     "a field that lacks": safetensors_bytes({"w": {"dtype": "F32", "shape": [2]}}, bytes(8)),
     "an unknown dtype": safetensors_bytes({"w": entry(dtype="F4")}, bytes(8)),
@@ -295,7 +303,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_a_config_is_read_back_as_it_was_written(tmp_path):
-    write_config(tmp_path / "new", {"hidden_size": 32, "act": "gelu", "name": "é"})
+    write_json(tmp_path / "new" / "config.json", {"hidden_size": 32, "act": "gelu", "name": "é"})
     assert read_config(tmp_path / "new") == {"hidden_size": 32, "act": "gelu", "name": "é"}
     (tmp_path / "new" / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="config.json"):
@@ -452,14 +460,7 @@ STABLE_DIFFUSION = MODELSCOPE | {
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
-TINY = UNetConfig(
-    block_out_channels=(16, 32),
-    layers_per_block=1,
-    attention_head_dim=8,
-    cross_attention_dim=16,
-    norm_num_groups=4,
-    attention_levels=(False, True),
-)
+TINY = replace(reference.TINY["unet"], attention_levels=(False, True), temporal_dropout=0.1)
 
 
 @pytest.mark.parametrize("published", [MODELSCOPE, STABLE_DIFFUSION])
@@ -502,7 +503,7 @@ def save_four_channels(config, unet, folder):
     """Write the folder of a video model that sees z_t alone, as ModelScope published its own."""
     tensors = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :4]
-    write_config(folder, write_unet_config(vars(config)) | {"in_channels": 4})
+    write_json(folder / "config.json", write_unet_config(vars(config)) | {"in_channels": 4})
     save_safetensors(tensors, folder / "diffusion_pytorch_model.safetensors")
 
 

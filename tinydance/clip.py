@@ -183,11 +183,9 @@ class TextConfig:
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act must be in {list(ACTIVATIONS)}, not {self.hidden_act!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width % heads:
+            raise ValueError(f"hidden_size {width} is no multiple of num_attention_heads {heads}")
 
 
 class SelfAttention(nn.Module):

@@ -253,26 +253,17 @@ def autocast(kind: str, dtype: torch.dtype):
 
 # The shapes of networks that are trained here from nothing; "init" has Stable Diffusion 2.1's and
 # ModelScope's, the defaults.
+TOY_BLOCKS = {"layers_per_block": 1, "norm_num_groups": 8}
+TOY_UNET = {"attention_head_dim": 16, "cross_attention_dim": 64, "temporal_dropout": 0.0}
+TOY_UNET |= {"attention_levels": (False, True)}
+TOY_TEXT = {"num_hidden_layers": 2, "num_attention_heads": 4}
+TOY_TEXT |= {"max_position_embeddings": 24}  # of 77, most would be padding
 NETWORKS = {
     "init": {},
     "small": {"unet": UNetConfig(block_out_channels=(128, 256, 384, 384), layers_per_block=1)},
     "toy": {
-        "unet": UNetConfig(
-            block_out_channels=(64, 128),
-            layers_per_block=1,
-            attention_head_dim=16,
-            cross_attention_dim=64,
-            norm_num_groups=8,
-            attention_levels=(False, True),
-            temporal_dropout=0.0,
-        ),
-        "vae": VAEConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8),
-        "text": TextConfig(
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=24,  # of 77, most would be padding
-        ),
+        "unet": UNetConfig(block_out_channels=(64, 128), **TOY_UNET, **TOY_BLOCKS),
+        "vae": VAEConfig(block_out_channels=(16, 32, 64), **TOY_BLOCKS),
+        "text": TextConfig(hidden_size=64, intermediate_size=256, **TOY_TEXT),
     },
 }

@@ -86,11 +86,9 @@ def sample(
     h, w = model.latent_size(settings.height, settings.width)
     b, c, device = len(prompts), model.vae.config.latent_channels, model.device
     for name in ("first", "last"):
-        if name in instructions and instructions[name].shape != (b, c, h, w):
-            raise ValueError(
-                f"f_{name} is {tuple(instructions[name].shape)}; {b} prompts and size "
-                f"{settings.height}x{settings.width} want {(b, c, h, w)}"
-            )
+        if name in instructions and (shape := tuple(instructions[name].shape)) != (b, c, h, w):
+            wanted = f"size {settings.height}x{settings.width} want {(b, c, h, w)}"
+            raise ValueError(f"f_{name} is {shape}; {b} prompts and {wanted}")
     keys = keys or [(k,) for k in range(b)]
     generators = [generator("sample", settings.seed, *key) for key in keys]
     c_text, c_empty = model.encode_text(prompts), model.encode_text([settings.negative] * b)
@@ -104,9 +102,8 @@ def sample(
         without_last = {name: given for name, given in instructions.items() if name != "last"}
         conditions = make_conditions(instructions, frames, eps, alpha_bar_c)
         conditions_free = make_conditions(without_last, frames, eps, alpha_bar_c)
-        denoise = guided_denoiser(
-            model.unet, c_text, c_empty, conditions, conditions_free, tau, settings.guidance
-        )
+        parts = c_text, c_empty, conditions, conditions_free
+        denoise = guided_denoiser(model.unet, *parts, tau, settings.guidance)
 
         def noise() -> Tensor:
             return draw(generators, frames, c, h, w, device=device)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -65,9 +66,7 @@ class DiffusionLoss(nn.Module):
         u_time, u_last, u_text, u_from_end = u.unbind(dim=1)
 
         # z_0 is drawn from the VAE's posterior, and not its mean, as in Stable Diffusion [SD].
-        z_0 = vae.encode_frames(
-            batch.frames, lambda *shape: draw(generators, *shape, device=device)
-        )
+        z_0 = vae.encode_frames(batch.frames, partial(draw, generators, device=device))
         c, h, w = z_0.shape[2:]
 
         # c_text: some captions are dropped, so that guidance has an unconditional branch.

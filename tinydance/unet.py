@@ -48,12 +48,11 @@ class UNetConfig:
     temporal_dropout: float = 0.1  # [ModelScope]
 
     def __post_init__(self):
+        heads, groups = self.attention_head_dim, self.norm_num_groups
         for width in self.block_out_channels:
-            if width % self.attention_head_dim or width % self.norm_num_groups:
-                raise ValueError(
-                    f"block_out_channels: {width} must be a multiple of attention_head_dim "
-                    f"({self.attention_head_dim}) and of norm_num_groups ({self.norm_num_groups})"
-                )
+            if width % heads or width % groups:
+                both = f"attention_head_dim ({heads}) and of norm_num_groups ({groups})"
+                raise ValueError(f"block_out_channels: {width} must be a multiple of {both}")
         if len(self.attention_levels) != len(self.block_out_channels):
             raise ValueError("attention_levels and block_out_channels differ in length")
 
@@ -295,14 +294,10 @@ class Layers(nn.Module):
         super().__init__()
         groups, head_dim = config.norm_num_groups, config.attention_head_dim
         temb_dim, text_dim = 4 * config.block_out_channels[0], config.cross_attention_dim
-        widths = [c_out for _, c_out in channels]
+        widths, dropout = [c_out for _, c_out in channels], config.temporal_dropout
         self.gradient_checkpointing = False
-        self.resnets = nn.ModuleList(
-            ResBlock(c_in, c_out, temb_dim, groups) for c_in, c_out in channels
-        )
-        self.temp_convs = nn.ModuleList(
-            TemporalConv(c, groups, config.temporal_dropout) for c in widths
-        )
+        self.resnets = nn.ModuleList(ResBlock(*pair, temb_dim, groups) for pair in channels)
+        self.temp_convs = nn.ModuleList(TemporalConv(c, groups, dropout) for c in widths)
         self.attentions = nn.ModuleList(
             SpatialTransformer(c, head_dim, text_dim, groups) for c in widths[:attend]
         )

@@ -108,9 +108,8 @@ class Block(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str = ""):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResBlock(c_in if j == 0 else c_out, c_out, groups) for j in range(layers)
-        )
+        inputs = [c_in] + [c_out] * (layers - 1)
+        self.resnets = nn.ModuleList(ResBlock(c, c_out, groups) for c in inputs)
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
         elif resample == "up":

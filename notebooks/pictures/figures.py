@@ -4,6 +4,7 @@
     python notebooks/pictures/figures.py drift   --clips 8   --out drift.png  # 64 clips in a chain
     python notebooks/pictures/figures.py edit    --clips 200 --out edit.png   # video editing, §4.5
     python notebooks/pictures/figures.py nearest --clips 10000 --out nearest.png  # remembered?
+    python notebooks/pictures/figures.py strip   --clips 14  --out strip.png  # look, then measure
 
 Each prints its numbers and draws a picture. One process uses one core well; for more, run several,
 each with a --seed of its own and --save, and read what they saved together: --read a.json b.json.
@@ -35,7 +36,7 @@ from tinydance.toy.measure import (
 from tinydance.toy.referee import judge, referee
 from tinydance.toy.world import BACKGROUNDS, COLOURS, SHAPES, describe, render, reverse_motion
 from tinydance.vae import to_frames
-from tinydance.video.strips import film_strip
+from tinydance.video.strips import film_strip, show_clips
 
 LINKS = 64  # clips of a chain
 STEPS = 20  # of sampling in `tau`, which goes by 5
@@ -199,7 +200,7 @@ def find_nearest(model: PixelDance, clips: int, count: int = 5):
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("figure", help=f"one of {', '.join(FIGURES)}, nearest")
+    parser.add_argument("figure", help=f"one of {', '.join(FIGURES)}, nearest, strip")
     parser.add_argument("--model", default=SHIPPED, help="model folder; default: the shipped one")
     parser.add_argument("--clips", type=int, default=8, help="clips a row; of drift: chains")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other hidden clips")
@@ -208,9 +209,9 @@ def main() -> None:
     parser.add_argument("--read", nargs="+", help="measure nothing: read what --save wrote")
     parser.add_argument("--out", help="draw to this .png")
     args = parser.parse_args()
-    if args.figure not in (*FIGURES, "nearest"):
-        known = ", ".join(FIGURES)
-        raise ValueError(f"unknown figure {args.figure!r}; known are: {known}, nearest")
+    known = (*FIGURES, "nearest", "strip")
+    if args.figure not in known:
+        raise ValueError(f"unknown figure {args.figure!r}; known are: {', '.join(known)}")
     if args.clips < 1:
         raise ValueError(f"clips is {args.clips}; use 1 or more")
     if args.figure == "nearest":
@@ -218,11 +219,18 @@ def main() -> None:
         strip.save(args.out or "nearest.png")
         print(line)
         return
+    device = choose_device("auto")
+    if args.figure == "strip":
+        with torch.no_grad(), autocast(device, choose_dtype(args.dtype, device)):
+            model = PixelDance.from_folder(args.model).to(device)
+            hidden = ToyWorld(HIDDEN_SEED + args.seed, choose_world(model))
+            samples = [hidden.sample(n) for n in range(args.clips)]
+            show_clips(model, samples, args.seed).save(args.out or "strip.png")
+        return
     figure = FIGURES[args.figure]
     if args.read:
         records = [record for path in args.read for record in json.load(open(path))]
     else:
-        device = choose_device("auto")
         with torch.no_grad(), autocast(device, choose_dtype(args.dtype, device)):
             model = PixelDance.from_folder(args.model).to(device)
             records = figure.measure(model, args.clips, args.seed)

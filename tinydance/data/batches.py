@@ -1,14 +1,14 @@
 """Batches: a source's samples in the order of their numbers, shared among ranks and workers.
 
-Which samples make a batch is a function of the step. So a run that goes on at a step sees what it
-would have seen, and the ranks together see what one alone would. Frames stay uint8 until they are
-on the device: as floats they would be four times as large.
+Which samples make a batch is a function of the step: a resumed run sees what it would have seen,
+and the ranks together see what one alone would. Frames stay uint8, a quarter of floats' size.
 Not here: what a sample is (`order.py`); the floats that a batch becomes (`training.py`).
 """
 
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from traceback import clear_frames
 
@@ -36,10 +36,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield this rank's share of each batch of first_step <= step < last_step.
 
-    batch, image_batch: samples of all ranks together, of clips and of images (f = 1); ValueError
-    where `world_size` does not divide them. workers: processes that prepare batches ahead.
-    is_image_step: which steps train on images ("utilized every 8 training iterations" [paper §4.1])
-    of image_kind, "first" or "any"; they are numbered from FIRST_IMAGE on.
+    batch, image_batch: clips and images (f = 1) of all ranks together. Raises ValueError where
+    `world_size` does not divide them. image_kind: "first" or "any", see `Files.sample`.
     """
     image_batch = image_batch or batch
     for size in (batch, image_batch):
@@ -77,7 +75,8 @@ class Batches:
 
 def load(dataset, workers: int, **options) -> Iterator:
     """Yield the items of a dataset, which worker processes prepare."""
-    options |= {"worker_init_fn": ignore_signals, "collate_fn": keep_as_is}
+    # Torch's own conversion would add a batch's counts to a copy of themselves.
+    options |= {"worker_init_fn": ignore_signals, "collate_fn": copy}
     try:
         yield from DataLoader(dataset, batch_size=None, num_workers=workers, **options)
     except BaseException as error:
@@ -85,11 +84,6 @@ def load(dataset, workers: int, **options) -> Iterator:
         # process that ends waits for its workers, and these ignore its SIGTERM.
         clear_frames(error.__traceback__)
         raise
-
-
-def keep_as_is(item):
-    """Torch's own conversion would add a batch's counts to a copy of themselves."""
-    return item
 
 
 def ignore_signals(worker: int) -> None:

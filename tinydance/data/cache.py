@@ -1,23 +1,20 @@
 """A cache of latents: the VAE's work, done once and kept on disk.
 
-The VAE is frozen [paper §4.1], so what it makes of a frame never changes, and to compute it in
-every step costs 30 % of the UNet's arithmetic at full scale. The cache keeps mean and standard
-deviation, and training draws latents from them as it does online.
-
-    manifest.json         the VAE's fingerprint, size, fps, number of rows and shards
-    00000.safetensors     moments (frames, 8, h, w) float16; each video's frames, name and caption
-
+The VAE is frozen [paper §4.1]: what it makes of a frame never changes, and costs 30 % of the UNet's
+arithmetic. manifest.json has the VAE's fingerprint, size, fps, and how many rows and shards there
+are; 00000.safetensors the moments (mean and standard deviation, float16 (frames, 8, h, w)) that
+training draws latents from as it does online, and each video's frames, name and caption.
 Not here: text embeddings, which are larger than the text by far.
 """
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import namedtuple
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,48 +24,40 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tinydance.data.batches import Quota, load
 from tinydance.data.index import Strings
 from tinydance.data.order import Files
-from tinydance.data.rows import Row
 from tinydance.vae import FRAMES_AT_A_TIME, VAE, to_pixels
 from tinydance.video.read import BadSample
 from tinydance.weights.files import read_json, write_json
 from tinydance.weights.safetensors import load_safetensors, save_safetensors
 
 SHARD = 256  # rows of the data in a shard: what an interruption may cost
+# How far a rank is with its share: rows that are done, of how many, and what was wrong, by reason.
+Written = namedtuple("Written", "done total counts")
 
 
-@dataclass
-class CachedVideo:
-    """A row of a cache, see `rows.py`."""
-
-    name: str
-    caption: str
-    path: Path  # the shard
-    first: int  # frame in the shard
-    count: int  # frames
-    fps: float
+class CachedVideo(namedtuple("CachedVideo", "name caption path first count fps")):
+    """A row of a cache, see `rows.py`: `count` frames of the shard `path`, from `first` on."""
 
     what = "videos"
 
-    def read(self, choose_start: Callable[[float], float], frames, fps, size, at) -> Tensor:
-        """Moments, float16 (frames, 8, h, w). The last is repeated where the video ends."""
+    def read(self, choose_start, frames, fps, size, at) -> Tensor:
+        """Moments, float16 (frames, 8, h, w); the last is repeated where the video ends."""
         first = self.first + round(choose_start(self.count / self.fps) * self.fps)
         moments = load_safetensors(self.path)["moments"]
         return moments[first + torch.arange(frames).clamp(max=self.count - 1)]
 
 
 class Latents:
-    """The index of a cache, see `index.py`; a source of it starts clips on the "grid" only.
-    Raises ValueError for a cache of another size or rate, or one that is not finished."""
+    """The index of a cache. Raises ValueError for another size or rate, or an unfinished one."""
 
     kind = CachedVideo
 
     def __init__(self, folder: str | Path, size: tuple[int, int], fps: float):
-        self.where, self.folder, self.notes = folder, Path(folder), []
-        self.manifest = made = read_json(self.folder / "manifest.json")
+        self.where, self.notes = folder, []
+        self.manifest = made = read_json(Path(folder) / "manifest.json")
         before, now = (made["height"], made["width"], made["fps"]), (*size, fps)
         if before != now:
             raise ValueError(f"{folder}: made for height, width, fps {before}; this run has {now}")
-        paths = [shard_path(self.folder, k) for k in range(made["shards"])]
+        self.paths = paths = [shard_path(Path(folder), k) for k in range(made["shards"])]
         if (there := sum(path.is_file() for path in paths)) < len(paths):
             raise ValueError(f"{folder}: {there} of {len(paths)} shards; repeat --stage latents")
         videos, places = [], []
@@ -87,13 +76,9 @@ class Latents:
         return len(self.names)
 
     def __getitem__(self, i: int) -> CachedVideo:
-        shard, first, count = self.places[:, i].tolist()
-        path, fps = shard_path(self.folder, shard), self.manifest["fps"]
-        return CachedVideo(self.names[i], self.captions[i], path, first, count, fps)
-
-
-def is_cache(path: str | Path) -> bool:
-    return (Path(path) / "manifest.json").is_file()
+        shard, *place = self.places[:, i].tolist()
+        given = self.names[i], self.captions[i], self.paths[shard], *place
+        return CachedVideo(*given, self.manifest["fps"])
 
 
 def shard_path(folder: Path, k: int) -> Path:
@@ -102,19 +87,19 @@ def shard_path(folder: Path, k: int) -> Path:
 
 def find_caches(source) -> list[Latents]:
     """The caches that a source is made of."""
-    indexes = [getattr(leaf, "rows", None) for leaf in source.leaves()]
+    indexes = (getattr(leaf, "rows", None) for leaf in source.leaves())
     return [rows for rows in indexes if isinstance(rows, Latents)]
 
 
 def check_vae(source, vae: VAE) -> None:
-    """Raises ValueError for a cache made with another VAE, whose latents mean something else."""
+    """Raises ValueError for a cache made with another VAE."""
     for cache in find_caches(source):
         if cache.manifest["vae"] != fingerprint_vae(vae):
-            raise ValueError(f"{cache.folder}: made with another VAE; make one with this VAE")
+            raise ValueError(f"{cache.where}: made with another VAE; make one with this VAE")
 
 
 def fingerprint_vae(vae: VAE) -> str:
-    """sha256 of all that latents depend on: the encoder's weights and the scale."""
+    """sha256 of all that latents depend on."""
     digest = hashlib.sha256(repr(vae.config.scaling_factor).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
@@ -122,30 +107,19 @@ def fingerprint_vae(vae: VAE) -> str:
     return digest.hexdigest()
 
 
-class Written(NamedTuple):
-    """How far a rank is with its share of a cache."""
-
-    done: int  # rows of the data
-    total: int
-    counts: Counter  # of what was wrong with rows, by reason
-
-
 def write_cache(
     source, vae, folder, data, rank=0, world_size=1, workers=0, max_bad=0.05, autocast=nullcontext
 ) -> Iterator[Written]:
     """Encode this rank's share of a source of videos; yield at the beginning and after each video.
-
-    Rank k % world_size writes shard k, whole or not at all: to stop is to stop iterating, and
-    another call goes on from there. data: what the manifest calls the source. Raises ValueError
-    where `folder` is a cache of something else, and where more than a share `max_bad` is bad.
-    """
+    Stop whenever you like: another call goes on after the last whole shard. data: the source's name
+    in the manifest. ValueError: `folder` is another cache, or a share above `max_bad` is bad."""
     is_whole = isinstance(source, Files) and hasattr(source.rows.kind, "pieces")
     if not is_whole or source.crop != "centre":
         raise ValueError(f"--data {data}: a cache holds one source of videos, with --crop centre")
     folder, rows, (height, width) = Path(folder), range(len(source)), source.size
     manifest = {"vae": fingerprint_vae(vae), "height": height, "width": width, "fps": source.fps}
-    manifest |= {"data": data, "rows": len(rows), "shards": -(-len(rows) // SHARD)}
-    if is_cache(folder):
+    manifest |= {"data": data, "rows": len(rows), "shards": ceil(len(rows) / SHARD)}
+    if (folder / "manifest.json").is_file():
         made = read_json(folder / "manifest.json")
         if other := [name for name in manifest if made.get(name) != manifest[name]]:
             raise ValueError(f"{folder}: a cache with other {', '.join(other)}; use another --out")
@@ -159,12 +133,12 @@ def write_cache(
     yield Written(done, total, quota.total)
     for path, chosen in missing.items():
         moments, unread = {i: [] for i in chosen}, len(chosen)
-        for i, frames, reason in load(Pieces(source, chosen), workers):
+        for i, frames, counts in load(Pieces(source, chosen), workers):
             if frames is not None:
                 with autocast():
                     moments[i].append(encode_moments(vae, frames))
                 continue
-            quota.add(1, {reason: 1} if reason else {})
+            quota.add(1, counts)
             unread, done = unread - 1, done + 1
             if unread == 0:
                 save_shard(path, [(source.rows[i], moments[i]) for i in chosen if moments[i]])
@@ -173,35 +147,35 @@ def write_cache(
 
 @dataclass
 class Pieces(IterableDataset):
-    """The videos of some rows in pieces: (row, uint8 (f, 3, H, W), ""), and behind the last piece
+    """The videos of some rows in pieces: (row, uint8 (f, 3, H, W), {}), and behind the last piece
     (row, None, why the video, or the rest of it, cannot be read). A worker reads every n-th row."""
 
     source: Files
     chosen: range
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor | None, str]]:
-        worker, reason = get_worker_info(), ""
+    def __iter__(self) -> Iterator[tuple[int, Tensor | None, dict[str, int]]]:
+        worker, source = get_worker_info(), self.source
         for i in self.chosen[worker.id :: worker.num_workers] if worker else self.chosen:
+            counts = {}
             try:
-                for frames in self.source.rows[i].pieces(self.source.fps, self.source.size):
-                    yield i, frames, ""
-                reason = ""
+                for frames in source.rows[i].pieces(source.fps, source.size):
+                    yield i, frames, counts
             except BadSample as error:
-                reason = error.reason
-            yield i, None, reason
+                counts = {error.reason: 1}
+            yield i, None, counts
 
 
 @torch.no_grad()
 def encode_moments(vae: VAE, frames: Tensor) -> Tensor:
     """uint8 (f, 3, H, W) -> scaled mean and standard deviation, float16 (f, 8, h, w)."""
-    device, parts = vae.quant_conv.weight.device, []
-    for some in frames.split(FRAMES_AT_A_TIME):
-        mean, logvar = vae.encode(to_pixels(some.to(device)))
-        parts.append(torch.cat([mean.float(), (0.5 * logvar.float()).exp()], dim=1))
-    return (torch.cat(parts) * vae.config.scaling_factor).half().cpu()
+    device = vae.quant_conv.weight.device
+    parts = [vae.encode(to_pixels(some.to(device))) for some in frames.split(FRAMES_AT_A_TIME)]
+    mean, logvar = (torch.cat(part).float() for part in zip(*parts))
+    moments = torch.cat([mean, (0.5 * logvar).exp()], dim=1)
+    return (moments * vae.config.scaling_factor).half().cpu()
 
 
-def save_shard(path: Path, videos: list[tuple[Row, list[Tensor]]]) -> None:
+def save_shard(path: Path, videos: list) -> None:
     """videos: (row, its moments in pieces)."""
     clips = json.dumps([(row.name, " ".join(row.caption.split())) for row, _ in videos])
     pieces = [piece for _, moments in videos for piece in moments]

@@ -1,9 +1,8 @@
 """Where the samples are: folders, CSV tables and tar shards, each as an index of rows.
 
-Every index has len(), [i], `kind` (the class of its rows), `where` and `notes` for messages, and
-`missing_captions`. It holds numbers and no Python objects, because every worker process has a copy:
-ten million rows are 80 MB as offsets, and 3 GB as tuples. An index of nothing is a ValueError.
-track(items, what, unit) yields the items, and may show a bar meanwhile.
+An index has len(), [i], `kind` (the class of its rows), `where` and `notes` for messages, and
+`missing_captions`. It holds few Python objects, of which every worker has a copy: ten million rows
+are 80 MB as offsets, and 3 GB as tuples. track(items, what, unit) may show a bar meanwhile.
 Not here: downloads, Parquet, zip, compressed tar.
 """
 
@@ -50,19 +49,15 @@ class Folder:
         self.where, self.root, self.kind, self.notes = root, Path(root), kind, []
         if not self.root.is_dir():
             raise ValueError(f"{root}: no such folder; give one that holds {kind.what}")
-        names, captioned = [], set()
+        found = set()
         for folder, _, files in track(os.walk(self.root), "indexing", "folder"):
             inside = Path(folder).relative_to(self.root)
-            for file in files:
-                stem, suffix = os.path.splitext(file)
-                if suffix.lower() in kind.suffixes and file[0] != ".":  # ._b.mp4 is left by a Mac
-                    names.append((inside / file).as_posix())
-                elif suffix == ".txt":
-                    captioned.add((inside / stem).as_posix())
+            found |= {(inside / file).as_posix() for file in files}
+        names = sorted(filter(kind.fits, found))
         if not names:
             raise ValueError(f"{root}: no {kind.what} inside; use {' or '.join(kind.suffixes)}")
-        self.names = Strings(sorted(names))
-        self.has_text = np.array([os.path.splitext(name)[0] in captioned for name in self.names])
+        self.names = Strings(names)
+        self.has_text = np.array([os.path.splitext(name)[0] + ".txt" in found for name in names])
         self.missing_captions = int((~self.has_text).sum())
 
     def __len__(self) -> int:
@@ -80,26 +75,26 @@ class Table:
 
     def __init__(self, path: str | Path, kind: type[Row] = Video, track=untracked):
         self.where, self.path, self.kind, self.notes = path, Path(path), kind, []
-        self.missing_captions, offsets, number = 0, array("q"), 1
+        self.missing_captions, number = 0, 1
         try:
             with open(path, "rb") as file:
                 file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
                 lines = (line.decode("utf-8") for line in track(file, "indexing", "line"))
                 reader = csv.DictReader(lines, strict=True)
                 self.columns = [name.strip().lower() for name in reader.fieldnames or []]
-                self.is_webvid, reader.fieldnames = WEBVID <= {*self.columns}, self.columns
-                if not (self.is_webvid or {"path", "caption"} <= {*self.columns}):
+                reader.fieldnames = self.columns
+                if not any(names <= {*self.columns} for names in (WEBVID, {"path", "caption"})):
                     raise ValueError(f"no columns path and caption among {self.columns}")
-                offset, number = file.tell(), reader.line_num + 1
+                offsets, number = array("q", [file.tell()]), reader.line_num + 1
                 for row in reader:  # of one line, or several where text in quotes has some
                     self.missing_captions += not self.parse(row)["caption"].strip()
-                    offsets.append(offset)
-                    offset, number = file.tell(), reader.line_num + 1
+                    offsets.append(file.tell())
+                    number = reader.line_num + 1
         except (OSError, ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
-        if not offsets:
+        self.offsets = np.array(offsets)  # of each row, and the end of the last
+        if not len(self):
             raise ValueError(f"{path}: no row below the names of the columns")
-        self.offsets = np.array([*offsets, offset])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -114,7 +109,7 @@ class Table:
         """The fields of a `Row` that a row of the table gives. Raises ValueError."""
         if None in row or None in row.values():  # more fields than columns, or fewer
             raise ValueError(f"not {len(self.columns)} columns; put text with commas in quotes")
-        if self.is_webvid:
+        if WEBVID <= row.keys():
             path = f"videos/{row['page_dir']}/{row['videoid']}.mp4"
             row = {"path": path, "caption": row["name"]}
         start, end = float(row.get("start") or 0), float(row.get("end") or inf)
@@ -137,19 +132,19 @@ class Shards:
             try:
                 for name, *place in tar_members(path):
                     stem, suffix = os.path.splitext(name)
-                    suffix, is_hidden = suffix.lower(), os.path.basename(name)[:1] == "."
-                    if suffix in kind.suffixes and not is_hidden:
+                    is_json = suffix.lower() == ".json"
+                    if kind.fits(name):
                         media.setdefault(stem, (name, place))
-                    elif suffix == ".txt" or suffix == ".json" and stem not in texts:
-                        texts[stem] = *place, suffix == ".json"
+                    elif suffix.lower() == ".txt" or is_json and stem not in texts:
+                        texts[stem] = *place, is_json
             except (OSError, ValueError) as error:
                 self.notes.append(f"{path}: {error}; {len(media)} samples before that are used")
             for stem, (name, place) in media.items():
                 names.append(name)
                 numbers.extend((k, *place, *texts.get(stem, (0, -1, False))))
         if not names:
-            note = "".join(f"; {note}" for note in self.notes[:1])
-            raise ValueError(f"{paths[0]}: no {kind.what} in {len(paths)} shards{note}")
+            reason = "; ".join([f"no {kind.what} in {len(paths)} shards", *self.notes[:1]])
+            raise ValueError(f"{paths[0]}: {reason}")
         self.names, self.table = Strings(names), np.array(numbers).reshape(-1, 6)
         self.missing_captions = int((self.table[:, 4] < 0).sum())
 
@@ -168,10 +163,8 @@ class Shards:
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) of each plain file in a tar; nothing is extracted.
-
-    Raises ValueError for a tar that is compressed, cut or damaged.
-    """
+    """Yield (name, offset, size) of each plain file in a tar; nothing is extracted. Raises
+    ValueError for a tar that is compressed, cut or damaged."""
     length, count = path.stat().st_size, 0
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from tinydance.config import Config
-from tinydance.data.cache import Latents, find_caches, is_cache
+from tinydance.data.cache import Latents, find_caches
 from tinydance.data.index import Folder, Shards, Table, untracked
 from tinydance.data.order import Files, Mixture, WithPictures
 from tinydance.data.rows import Picture, Video
@@ -19,17 +19,13 @@ Source = ToyWorld | Files | Mixture | WithPictures
 
 
 def open_source(config: Config, track=untracked) -> Source:
-    """The clips of config.data, and where config.images is given the pictures of image steps.
-
-    Each is one or several, joined by "|", of 'toyworld', a folder of videos, of tar shards or of
-    cached latents, a .csv, or .tar files; after a colon its weight, as in
-    "webvid.csv:0.95|clips:0.05". Raises ValueError for anything else. track: see `index.py`.
-    """
-    clips = open_all(config.data, Video, config, track)
-    if not config.images:
-        return clips
-    pictures = open_all(config.images, Picture, config, track)
-    return WithPictures([clips, pictures], [1, 1], config.seed)
+    """The clips of config.data, and where config.images is given the pictures of image steps: each
+    as README.md says, joined by "|", after a colon its weight, as in "webvid.csv:0.95|clips:0.05".
+    Raises ValueError for what is no data. track: see `index.py`."""
+    sources = [open_all(config.data, Video, config, track)]
+    if config.images:
+        sources.append(open_all(config.images, Picture, config, track))
+    return WithPictures(sources, [1, 1], config.seed) if config.images else sources[0]
 
 
 def open_all(text: str, kind: type, config: Config, track) -> Source:
@@ -53,7 +49,7 @@ def open_one(name: str | list[Path], kind: type, config: Config, track) -> ToyWo
         return ToyWorld(config.seed, World(config.width, config.frames))
     if isinstance(name, list):
         rows = Shards(name, kind, track)
-    elif is_cache(name):
+    elif (Path(name) / "manifest.json").is_file():
         rows, starts = Latents(name, size, config.fps), "grid"
     else:
         rows = (Table if name.lower().endswith(".csv") else Folder)(name, kind, track)
@@ -62,14 +58,16 @@ def open_one(name: str | list[Path], kind: type, config: Config, track) -> ToyWo
 
 
 def parse_data(text: str) -> list[tuple[str | list[Path], float | None]]:
-    """From "a.csv:0.95|b" to [("a.csv", 0.95), ("b", None)]; tar files are a list of paths.
-
-    A folder of tar files, or a pattern such as laion/*.tar, is the list of what it holds. All tar
-    files without a weight are one source.
-    """
+    """From "a.csv:0.95|b" to [("a.csv", 0.95), ("b", None)]. A folder of tar files, or a pattern
+    such as laion/*.tar, is the list of what it holds; all without a weight are one source."""
     named, loose = [], []
-    for item in text.split("|"):
-        name, weight = split_weight(item)
+    for name in text.split("|"):
+        weight = None
+        found = re.fullmatch(r"(.+):(-?[\d.][\d.e-]*)", name)
+        if found and not Path(name).exists():  # the colon of C: or in a file's name is left alone
+            name, weight = found[1], float(found[2])
+            if not weight > 0:
+                raise ValueError(f"{found[0]}: the weight must be above 0")
         tars = sorted(map(Path, glob.glob(name) or [name]))
         if len(tars) == 1 and tars[0].is_dir():
             tars = sorted(tars[0].glob("*.tar"))
@@ -80,13 +78,3 @@ def parse_data(text: str) -> list[tuple[str | list[Path], float | None]]:
         else:
             named.append((tars, weight))
     return named + ([(loose, None)] if loose else [])
-
-
-def split_weight(item: str) -> tuple[str, float | None]:
-    """From "a.csv:0.95" to ("a.csv", 0.95). The colon of C: or in a file's name is left alone."""
-    found = re.fullmatch(r"(.+):(-?[\d.][\d.e-]*)", item)
-    if not found or Path(item).exists():
-        return item, None
-    if not (weight := float(found[2])) > 0:
-        raise ValueError(f"{item}: the weight must be above 0")
-    return found[1], weight

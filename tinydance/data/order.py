@@ -1,13 +1,13 @@
 """Which sample comes when: a source of the user's files, and mixtures of sources.
 
-What sample number n is (which source, which video, from when on) is a function of (seed, n) and is
-stored nowhere. So the data are the same on any number of machines, and resuming needs no state but
-the step. A source is a dataclass with `seed`, `frames`, `size`, `sample(n, kind)` and `leaves()`,
-the sources that it is made of; `replace(source, seed=...)` is the same data in another order.
+What sample n is (which source, which video, from when on) is a function of (seed, n), on any number
+of machines and after a restart. A source is a dataclass with `seed`, `frames`, `size`, `leaves()`
+(its parts) and `sample(n, kind)`; `replace(source, seed=...)` is the same data in another order.
 Not here: the toy world, a source too (`toy/source.py`); what a row is (`rows.py`).
 """
 
 import hashlib
+from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,8 +27,8 @@ COUNTED = (*REASONS, "padded", "no_caption")
 
 @dataclass
 class Files:
-    """Rows of an index as a source. "For video data, we randomly sample 16 consecutive frames with
-    4 fps per video" [paper §4.1]. A bad row is replaced by the next in the epoch's order."""
+    """Rows of an index as a source; a bad row is replaced by the next in the epoch's order.
+    "[W]e randomly sample 16 consecutive frames with 4 fps per video" [paper §4.1]."""
 
     rows: Folder | Table | Shards  # or any other index, see `index.py`
     size: tuple[int, int]  # (H, W)
@@ -43,10 +43,8 @@ class Files:
         return len(self.rows)
 
     def sample(self, n: int, kind: Literal["clip", "first", "any"] = "clip") -> Sample:
-        """Sample n: a clip, or else ("first" or "any") one picture from a random time, with f = 1.
-
-        An epoch shows every row once, in an order of its own. ValueError: TRIES bad rows in a row.
-        """
+        """A clip, or else ("first" or "any") one picture from a random time, with f = 1. An epoch
+        shows every row once, in an order of its own. ValueError: TRIES bad rows in a row."""
         epoch, place = divmod(n, len(self))
         frames, failed = self.frames if kind == "clip" else 1, Counter()
         for attempt in range(TRIES):
@@ -61,8 +59,7 @@ class Files:
 
     def read(self, i: int, frames: int, draw: np.random.Generator) -> Sample:
         """Row i, from a start and with a crop that are drawn. Raises BadSample."""
-        row, counts = self.rows[i], Counter()
-        u_start, *u_crop = draw.random(3)
+        row, counts, (u_start, *u_crop) = self.rows[i], Counter(), draw.random(3)
 
         def choose_start(seconds: float) -> float:
             spare = pictures_in(seconds, self.fps) - frames  # the last start on the grid
@@ -86,19 +83,18 @@ class Files:
         return [self]
 
     def words(self) -> set[str]:
-        captions = (self.rows[i].caption for i in range(len(self)))
-        return {word for caption in captions for word in caption.lower().split()}
+        return {word for row in self.rows for word in row.caption.lower().split()}
 
     def describe(self) -> list[str]:
-        rows, lacking = self.rows, f"{self.rows.missing_captions:,} without caption"
-        first = f"{rows.where}: {len(rows):,} {rows.kind.what}, {lacking}"
-        return [first, *(f"note: {note}" for note in rows.notes)]
+        rows, notes = self.rows, [f"note: {note}" for note in self.rows.notes]
+        count = f"{len(rows):,} {rows.kind.what}, {rows.missing_captions:,} without caption"
+        return [f"{rows.where}: {count}", *notes]
 
 
 @dataclass
 class Mixture:
     """Sources that have their shares of every BLOCK samples, as the paper mixes WebVid with clips
-    that have no watermark [paper §4.1]. Within a source nothing is left out or repeated."""
+    without a watermark [paper §4.1]. Within a source nothing is left out or repeated."""
 
     sources: list
     weights: list[float]
@@ -115,7 +111,7 @@ class Mixture:
     def sample(self, n: int, kind: Literal["clip", "first", "any"] = "clip") -> Sample:
         block, place = divmod(n, BLOCK)
         slot = shuffled(place, BLOCK, self.seed, block)
-        k = int(np.searchsorted(self.ends, slot, "right")) - 1  # the source that has this slot
+        k = bisect(self.ends, slot) - 1  # the source that has this slot
         first, end = self.ends[k : k + 2]
         return self.sources[k].sample(block * (end - first) + slot - first, kind)
 
@@ -141,11 +137,8 @@ def describe_source(source) -> list[str]:
 
 
 def shuffled(place: int, length: int, *key: int) -> int:
-    """Where `place` stands in an order of 0 .. length - 1 that is a function of the key.
-
-    An array of ten million would be 80 MB in every process, for every epoch. A Feistel network is
-    one to one whatever its rounds compute; a number above the length is sent through again.
-    """
+    """Where `place` stands in an order of 0 .. length - 1 that is a function of the key."""
+    # A Feistel network is one to one whatever its rounds compute; an array would be 80 MB a worker.
     bits = max(1, ((length - 1).bit_length() + 1) // 2)
     mask = (1 << bits) - 1
     while True:
@@ -155,7 +148,7 @@ def shuffled(place: int, length: int, *key: int) -> int:
             mixed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
             left, right = right, left ^ mixed & mask
         place = left << bits | right
-        if place < length:
+        if place < length:  # or else it is sent through again
             return place
 
 

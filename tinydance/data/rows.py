@@ -1,8 +1,7 @@
 """A row of the data: one video or picture of the user, which can be read wherever its bytes are.
 
-Nobody else opens a file of the data: a further kind of data is a class with these methods.
-What users download is not trusted: a path that leads out of its folder is a BadSample `unsafe`,
-names are never opened as addresses, and lengths are bounded before memory is taken.
+Nobody else opens a file of the data. What users download is not trusted: a path that leads out of
+its folder is a BadSample `unsafe`, and lengths are bounded before memory is taken.
 Not here: how bytes become pixels (`video/read.py`).
 """
 
@@ -44,16 +43,18 @@ class Row:
                 with open(self.root, "rb") as file:
                     file.seek(self.offset)
                     return io.BytesIO(file.read(self.size))
-            path = confine(self.root, self.name)
-            if not path.is_file():  # opening a pipe would wait for ever
-                raise BadSample("missing", "no such file")
-            return open(path, "rb")
+            return video.open_file(confine(self.root, self.name))
         except OSError as error:
             raise BadSample("missing", error.strerror) from None
 
     def decode(self) -> str:
         with self.open() as file:
             return file.read(MAX_TEXT).decode("utf-8-sig", "replace")
+
+    @classmethod
+    def fits(cls, name: str) -> bool:
+        """Whether a file of this name is of this kind; ._b.mp4 is not: a Mac leaves such files."""
+        return name.lower().endswith(cls.suffixes) and os.path.basename(name)[:1] != "."
 
 
 class Video(Row):
@@ -62,7 +63,7 @@ class Video(Row):
 
     def read(self, choose_start: Callable[[float], float], frames, fps, size, at) -> Tensor:
         """A clip, uint8 (frames, 3, *size), cropped at the place `at`, see `resize_crop`.
-        choose_start: from the seconds that there are, known once the file is open, to the start."""
+        choose_start: from the seconds that there are to the start."""
 
         def start(length: float) -> float:
             return self.start + choose_start(min(length, self.end) - self.start)
@@ -75,26 +76,14 @@ class Video(Row):
         with self.open() as file:
             yield from video.read_pieces(file, fps, size, self.start, self.end)
 
-    def header(self) -> dict[str, float | str]:
-        """What is known without decoding: width, height, codec, seconds, fps."""
-        with self.open() as file:
-            header = video.read_header(file)._asdict()
-        return header | {"seconds": min(header["seconds"], self.end) - self.start}
-
 
 class Picture(Row):
-    """A clip of one frame."""
-
     what = "pictures"
     suffixes = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
     def read(self, choose_start, frames, fps, size, at) -> Tensor:
         with self.open() as file:
             return video.read_picture(file, size, at)[None]  # 1 3 H W
-
-    def header(self) -> dict[str, float | str]:
-        with self.open() as file:
-            return dict(zip(("width", "height", "codec"), video.picture_size(file), strict=True))
 
 
 def confine(root: Path, name: str) -> Path:

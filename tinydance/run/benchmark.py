@@ -1,42 +1,41 @@
 """Where a training step's time goes, and what share of the machine's own speed it reaches.
 
-The networks have the run's sizes and random weights. The parts and the whole step are timed by
-themselves, so the parts need not add up. The peak is the machine's best matrix product in the same
-precision, measured. MFU is the UNet's and the VAE's arithmetic over the step's time, as a share of
-that peak. [ours] Not here: many machines; run it on one rank of yours.
+The networks have the run's sizes and random weights. MFU is the UNet's and the VAE's arithmetic
+over the step's time, as a share of the machine's best matrix product in the same precision. [ours]
+Not here: many machines (run it on one rank of yours); Adam and the averages, which take little.
 """
 
-import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinydance.clip import TextTower
 from tinydance.config import NETWORKS, Config
-from tinydance.data import batches, open_source
+from tinydance.data import batches
+from tinydance.data.open import Source
 from tinydance.model import SD2_TEXT, PixelDance
 from tinydance.schedulers import Schedule
 from tinydance.toy.losses import build_vocabulary
-from tinydance.training import DiffusionLoss, Machine, make_optimizer
+from tinydance.training import DiffusionLoss, Machine
 from tinydance.unet import UNet, UNetConfig
 from tinydance.vae import VAE, VAEConfig
 
 GIB = 2**30
-PARTS = ("data", "VAE", "forward of the rest", "backward", "Adam")
 
 
-def benchmark(config: Config, machine: Machine) -> None:
+def benchmark(config: Config, machine: Machine, source: Source) -> None:
     """Print the table, for as many clips as a rank takes at once."""
     model = make_random_model(config).to(machine.device)
     model.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     clips = max(1, config.batch // machine.world_size)
     micro = min(config.micro_batch or clips, clips)
-    source, objective = open_source(config), DiffusionLoss(model, config).train()
-    optimizer = make_optimizer(objective, config.lr, config, machine)
+    objective = DiffusionLoss(model, config).train()
+    stream = batches(source, 0, 9, micro)
+    batch = next(stream).part(slice(None), machine.device)
     zeros = partial(torch.zeros, micro, device=machine.device)
 
     def encode() -> None:
@@ -44,38 +43,35 @@ def benchmark(config: Config, machine: Machine) -> None:
             model.vae.encode_frames(batch.frames, zeros)
 
     def forward() -> torch.Tensor:
+        objective.zero_grad()
         with machine.autocast():
-            return step_loss(batch)["loss"]
+            return objective(batch)["loss"]
 
-    def forward_and_backward() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        forward().backward()
-
-    stream, step_loss = batches(source, 0, 9, micro), objective
-    batch = next(stream).part(slice(None), machine.device)
     vae_flops, flops = count_flops(encode), count_flops(forward)
     # Backward takes twice the arithmetic of forward; with checkpoints, forward is computed again.
     flops = vae_flops + (4 if config.gradient_checkpointing else 3) * (flops - vae_flops)
-    step_loss = machine.distribute(objective, model.unet)
-    data, vae = measure(partial(next, stream), machine), measure(encode, machine)
-    ahead, step = measure(forward, machine), measure(forward_and_backward, machine)
-    # Adam's two moments come into being at its first step: 8 bytes a parameter.
-    lacks = 8 * sum(p.numel() for p in model.unet.parameters()) / GIB - measure_memory(machine)[0]
-    adam = measure(optimizer.step, machine) * micro / clips if lacks < 0 else 0.0
-    total = (0 if config.workers else data) + step + adam
+    objective = machine.distribute(objective, model.unet)
+    data, vae = measure(partial(next, stream)), measure(encode)
+    ahead, step = measure(forward), measure(lambda: forward().backward())
+    total = step if config.workers else data + step
     speed, peak = flops / total / 1e12, measure_matmul(machine) / 1e12
 
     size = f"{micro} clips of {config.frames} x {config.height} x {config.width}"
     print(f"preset {config.preset} on {machine.device}, {machine.dtype}: {size} at once")
     print("| part | seconds | share of the step |\n| --- | --- | --- |")
-    for name, seconds in zip(PARTS, (data, vae, ahead - vae, step - ahead, adam)):
+    parts = {"data": data, "VAE": vae, "forward of the rest": ahead - vae, "backward": step - ahead}
+    for name, seconds in parts.items():
         print(f"| {name} | {seconds:.4f} | {seconds / total:.0%} |")
     if config.workers:
         print(f"data is the time of one of {config.workers} workers, who read meanwhile")
-    if lacks >= 0:
-        print(f"Adam is not measured: it lacks {lacks:.1f} GiB")
     print(f"{micro / total:.3g} clips/s, {speed:.3g} TFLOP/s; the best matrix product here has")
-    print(f"{peak:.3g}: MFU {speed / peak:.0%}; peak memory {measure_memory(machine)[1]:.2f} GiB")
+    if machine.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / GIB
+    else:
+        import resource  # Windows has none
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of KiB
+    print(f"{peak:.3g}: MFU {speed / peak:.0%}; peak memory {memory:.2f} GiB")
 
 
 def make_random_model(config: Config) -> PixelDance:
@@ -101,17 +97,13 @@ def describe_memory(model: PixelDance) -> str:
     return f"{parts}VAE and text tower; {size:.1f} GiB for all that, without activations"
 
 
-def measure(work: Callable[[], object], machine: Machine) -> float:
+def measure(work: Callable[[], object]) -> float:
     """Seconds of the shortest of three runs, after one to warm up; of fewer where they are long."""
-    # A GPU still computes after a call returns.
-    finish = torch.cuda.synchronize if machine.device.type == "cuda" else lambda: None
     times = []
     while len(times) < 4 and sum(times) <= 60:
-        finish()
-        begun = time.perf_counter()
+        begun = timer()  # it waits for the GPU, which still computes after a call returns
         work()
-        finish()
-        times.append(time.perf_counter() - begun)
+        times.append(timer() - begun)
     return min(times)
 
 
@@ -128,15 +120,5 @@ def measure_matmul(machine: Machine) -> float:
     best = 0.0
     for n in (1024, 2048, 4096) if machine.device.type == "cpu" else (4096, 8192, 16384):
         a = torch.randn(n, n, device=machine.device, dtype=machine.dtype)
-        best = max(best, 2 * n**3 / measure(lambda: a @ a, machine))
+        best = max(best, 2 * n**3 / measure(lambda: a @ a))
     return best
-
-
-def measure_memory(machine: Machine) -> tuple[float, float]:
-    """GiB that are free, and the most that was taken: of the GPU, or of RAM by this process."""
-    if machine.device.type == "cuda":
-        return torch.cuda.mem_get_info()[0] / GIB, torch.cuda.max_memory_allocated() / GIB
-    import resource  # Windows has none
-
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    return free, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of KiB

@@ -3,8 +3,8 @@
     step_00001000/state.pt        weights, averages, Adam's moments, step, configuration
     step_00001000/manifest.json   the sha256 of that file, written last
 
-A machine may die at any moment: a checkpoint is made under another name and then renamed. Disks
-lie: it counts only if its bytes are those that its manifest says. [ours]
+Machines die: a checkpoint is made under another name and then renamed. Disks lie: it counts only if
+its bytes are those that its manifest says. [ours]
 Not here: random states. All randomness is a function of (seed, step, sample).
 """
 
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -23,25 +23,20 @@ from tinydance.weights.files import whole_file, write_json
 
 
 def save_checkpoint(folder: Path, step: int, state: dict) -> None:
-    """Write folder/step_N, and delete all others but the newest. Raises OSError where the disk does
-    not take it (it may be full); what was there before stays."""
+    """Write folder/step_N, and delete all others but the newest. OSError: the disk is full, say."""
     final, unfinished = folder / f"step_{step:08d}", folder / f"unfinished_{step:08d}"
-    if is_whole(final):
-        return
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with whole_file(unfinished / "state.pt") as file:
             torch.save(state, file)
-        digest = sha256(unfinished / "state.pt")
-        write_json(unfinished / "manifest.json", {"state.pt": digest})
+        write_json(unfinished / "manifest.json", {"state.pt": sha256(unfinished / "state.pt")})
     except (OSError, RuntimeError) as error:  # torch.save may wrap an OSError in a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{final}: cannot be written: {cause}; older checkpoints stay") from error
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one: `resume` went back behind it
     os.replace(unfinished, final)  # from here on it counts
-    others = [path for path in checkpoints(folder) if path != final]
-    for old in others[:-1]:
+    for old in [path for path in checkpoints(folder) if path != final][:-1]:
         shutil.rmtree(old)
 
 
@@ -88,8 +83,7 @@ def resume(folder: Path, config: Config, trainee: Trainee) -> int:
 
 def compare_configs(saved: dict, config: Config) -> list[str]:
     """What differs, in words. Free fields may: they say where and how fast a run computes."""
-    now = {f.name: getattr(config, f.name) for f in fields(config)}
-    free = {f.name for f in fields(config) if f.metadata["free"]}
+    now, free = asdict(config), {f.name for f in fields(config) if f.metadata["free"]}
     # Of fields that are gone, those count that were used; fields that are newer have no old value.
     old = {name: x for name, x in saved.items() if name not in free and (name in now or x)}
     pairs = ((name, x, now.get(name, "gone")) for name, x in old.items())

@@ -52,21 +52,16 @@ class PlainLines:
 
 
 class Progress(tqdm):
-    """Counts up to `total` (None: unknown), on standard error if no file is given.
-
-    initial: what a resumed run had done before. leave: keep the last state on the screen; without
-    it, work of less than a second shows nothing. shown: False on all ranks but the first.
-    """
+    """Counts from `done` to `total` (None: unknown). leave: keep the last state on the screen;
+    without it, work of less than a second shows nothing. shown: False on ranks but the first."""
 
     monitor_interval = 0  # tqdm's thread, which is not needed: every update looks at the clock
 
-    def __init__(
-        self, what, total, unit, initial=0, leave=False, shown=True, file=None, items=None
-    ):
+    def __init__(self, what, total, unit, done=0, leave=False, shown=True, file=None, items=None):
         file, layout = file or sys.stderr, {"miniters": 1, "delay": 0 if leave else 1}
         if not file.isatty():
             file, layout = PlainLines(file), layout | {"mininterval": 20, "bar_format": LINE}
-        layout |= {"initial": initial, "unit": unit, "disable": not shown}
+        layout |= {"initial": done, "unit": unit, "disable": not shown}
         super().__init__(items, what, total, leave, file, **layout)
 
     def update(self, count: int = 1, **values) -> None:

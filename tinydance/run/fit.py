@@ -1,8 +1,7 @@
 """One training around `training.training_steps`: resume, log, save, publish, draw, stop.
 
-The steps come from a generator of the core; this loop does everything else with them. What an
-objective tells is logged as it is told: a new number in the log is a change of the objective alone.
-[ours] Not here: the step itself.
+What an objective tells is logged as it is told: a new number in the log is a change of the
+objective alone. [ours] Not here: the step itself.
 """
 
 import json
@@ -11,6 +10,8 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,21 +27,19 @@ from tinydance.training import Machine, Stage, Step, Trainee, training_steps
 
 def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
     """Train a stage to its end, from the newest checkpoint if there is one; -> the EMA weights.
-
     Raises InterruptedError after a signal, saved; ValueError after `max_skips` steps in a row
-    without finite gradients, or for too many bad samples; OSError where the disk is full.
-    """
+    without finite gradients, or for too many bad samples; OSError where the disk is full."""
     folder, is_first = Path(config.out) / stage.name, machine.rank == 0
     trainee, saved = Trainee(stage, config, machine), folder / "checkpoints"
     start, skipped, quota = resume(saved, config, trainee), 0, Quota(config.max_bad)
     if start >= stage.steps:
         return trainee.ema
     log = Log(stage, folder, start) if is_first else None
-    with StopSignal() as stop:
+    with note_signals() as signals:
         for step in training_steps(stage, config, machine, trainee, start):
-            numbers, waited, stopping, counts = average(step, stop.asked, machine)
+            step, stopping, counts = average(step, bool(signals), machine)
             if log:
-                log.write(step, numbers, waited, counts)
+                log.write(step, counts)
             quota.add(len(step.batch.sample_ids) * machine.world_size, counts)
             skipped = 0 if math.isfinite(step.grad_norm) else skipped + 1
             if skipped == config.max_skips:
@@ -63,24 +62,22 @@ def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
             if stopping:
                 break
     if log:
-        log.close()
+        log.bar.close()
     if step.done < stage.steps:
         where = f"step {step.done} of {stage.steps} of stage {stage.name}"
         raise InterruptedError(f"stopped at {where}, and saved")
     return trainee.ema
 
 
-def average(step: Step, asked: bool, machine: Machine) -> tuple[dict, float, bool, dict]:
-    """-> over all ranks, by one exchange: the objective's numbers, the seconds waited for data,
-    whether to stop, and how many samples were bad, padded or without caption."""
-    names = sorted(step.numbers)  # the same order on all ranks
-    values = [step.numbers[name] for name in names] + [step.batch.counts[name] for name in COUNTED]
+def average(step: Step, stop: bool, machine: Machine) -> tuple[Step, bool, dict[str, int]]:
+    """-> of all ranks, by one exchange: the step's means, whether to stop, counts of samples."""
+    values = [*step.numbers.values(), *(step.batch.counts[name] for name in COUNTED)]
     # A signal may reach one rank only. The mean of the flags is then above 0 on all ranks: so all
     # of them stop, and after the same step.
-    stop, waited, *means = machine.mean(float(asked), step.waited, *values)
-    numbers, counts = dict(zip(names, means)), zip(COUNTED, means[len(names) :])
+    share, waited, *means = machine.mean(float(stop), step.waited, *values)
+    numbers, counts = dict(zip(step.numbers, means)), zip(COUNTED, means[len(step.numbers) :])
     counts = {name: round(mean * machine.world_size) for name, mean in counts if mean}
-    return {name: numbers[name] for name in step.numbers}, waited, stop > 0, counts
+    return step._replace(numbers=numbers, waited=waited), share > 0, counts
 
 
 class Log:
@@ -88,38 +85,32 @@ class Log:
 
     def __init__(self, stage: Stage, folder: Path, start: int):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        self.path = folder / "log.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
         # Steps after the checkpoint will be taken, and logged, again.
         kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
-        path.write_text("".join(kept))
-        self.file, self.begun, self.waited = path.open("a"), time.time(), 0.0
+        self.path.write_text("".join(kept))
+        self.begun, self.waited = time.time(), 0.0
         self.bar = Progress(stage.name, stage.steps, "step", start, leave=True, file=sys.stdout)
         self.smooth: dict[str, float] = {}  # the numbers, averaged over some 50 steps
         self.counts = Counter()  # of skipped steps, and of samples
 
-    def write(self, step: Step, numbers: dict, waited: float, counts: dict) -> None:
-        """numbers, waited: the step's, averaged over the ranks; counts: of all ranks' samples that
-        were bad, or padded, or without caption."""
+    def write(self, step: Step, counts: dict[str, int]) -> None:
         seconds, is_skipped = time.time() - self.begun, not math.isfinite(step.grad_norm)
         kind = "image" if step.batch.frames.shape[1] == 1 else "clip"
-        line = {"step": step.done, **numbers, "grad_norm": step.grad_norm, "lr": step.lr}
-        line |= {"kind": kind, "seconds": seconds, "waited": waited, "skipped": is_skipped}
+        line = {"step": step.done, **step.numbers, "grad_norm": step.grad_norm, "lr": step.lr}
+        line |= {"kind": kind, "seconds": seconds, "waited": step.waited, "skipped": is_skipped}
         line |= {"counts": counts} if counts else {}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for name, value in numbers.items():
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in step.numbers.items():
             if math.isfinite(value):
                 self.smooth[name] = 0.98 * self.smooth.get(name, value) + 0.02 * value
-        self.waited += waited
+        self.waited += step.waited
         self.counts.update(counts, skipped=int(is_skipped))
         shown = {name: f"{value:.4f}" for name, value in self.smooth.items()}
         shown |= {"lr": f"{step.lr:.1e}", "data": f"{self.waited / max(seconds, 1e-9):.0%}"}
         self.bar.update(**shown, counts=format_counts(self.counts) or "none")
-
-    def close(self) -> None:
-        self.bar.close()
-        self.file.close()
 
 
 def save_picture(picture, path: Path) -> None:
@@ -137,21 +128,21 @@ def tell(machine: Machine, text: str) -> None:
         print(text, flush=True)
 
 
-class StopSignal:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C in `asked`. A second signal does what it always does."""
+@contextmanager
+def note_signals() -> Iterator[list[int]]:
+    """Yield a list that SIGTERM, SIGUSR1 and Ctrl-C join. A second one acts as it always does."""
+    names, came = ("SIGTERM", "SIGUSR1", "SIGINT"), []  # Windows has no SIGUSR1
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
 
-    def __enter__(self) -> "StopSignal":
-        names = ("SIGTERM", "SIGUSR1", "SIGINT")  # Windows has no SIGUSR1
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.asked, self.before = False, {number: signal.getsignal(number) for number in numbers}
+    def note(number: int, frame) -> None:
+        came.append(number)
+        signal.signal(number, before[number])
+
+    try:
         for number in numbers:
-            signal.signal(number, self.note)
-        return self
-
-    def note(self, number: int, frame) -> None:
-        self.asked = True
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
+            signal.signal(number, note)
+        yield came
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)

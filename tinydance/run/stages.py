@@ -1,11 +1,8 @@
 """The stages of a training: those of the real pipeline, made small for the toy world.
 
-    vae    pictures to latents          (the paper takes one that is pre-trained, frozen)
-    text   captions to c_text           (the paper takes CLIP's, frozen)
-    image  the spatial layers as text-to-image on single frames
-    video  everything, clips with an image step every 8th       (this is the paper)
-
-Each is a `Stage` for `fit`, and leaves a folder that the next one starts from.
+"vae" turns pictures to latents and "text" captions to c_text (the paper takes both trained and
+frozen); "image" trains the spatial layers on single frames; "video" is the paper: everything, on
+clips with an image step every 8th. Each is a `Stage` for `fit`, and leaves a folder for the next.
 Not here: the loop (`fit.py`), the losses (`training.py`, `toy/losses.py`).
 """
 
@@ -29,7 +26,7 @@ from tinydance.model import PixelDance, Settings, read_schedule
 from tinydance.run.benchmark import benchmark, describe_memory
 from tinydance.run.checkpoints import set_aside
 from tinydance.run.cli import Progress, progress
-from tinydance.run.fit import StopSignal, fit, tell
+from tinydance.run.fit import fit, note_signals, tell
 from tinydance.run.inspect import inspect
 from tinydance.schedulers import Schedule
 from tinydance.toy import SHIPPED_IMAGE, losses
@@ -49,10 +46,12 @@ def train(config: Config, stage: str = "all") -> None:
     tell(machine, f"tinydance on {machine.world_size} x {machine.device}, {machine.dtype}")
     rows = ((f.name, str(getattr(config, f.name)), f.metadata["help"]) for f in fields(config))
     tell(machine, "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows))
+    source = open_source(config, partial(progress, shown=machine.rank == 0))
+    tell(machine, "\n".join(describe_source(source)))
     if stage in OTHERS:
-        OTHERS[stage](config, machine)
+        OTHERS[stage](config, machine, source)
     else:
-        run_stages(config, machine, STAGES if stage == "all" else [stage])
+        run_stages(config, machine, source, STAGES if stage == "all" else [stage])
     machine.close()
 
 
@@ -75,17 +74,14 @@ def make_machine(config: Config) -> Machine:
     return machine
 
 
-def run_stages(config: Config, machine: Machine, names) -> None:
-    source = open_source(config, partial(progress, shown=machine.rank == 0))
+def run_stages(config: Config, machine: Machine, source: Source, names) -> None:
     held_out = replace(source, seed=config.seed + HELD_OUT)
-    tell(machine, "\n".join(describe_source(source)))
     for name in names:
         if len(names) > 1 and getattr(config, f"{name}_steps") == 0:
             continue  # --init brings it
         if find_caches(source) and (name in ("vae", "text") or config.sketch):
             what = "--sketch draws" if config.sketch else f"stage {name} learns"
-            cure = f"give --data another than {config.data}"
-            raise ValueError(f"{what} from pixels, not from latents: {cure}")
+            raise ValueError(f"{what} from pixels, and {config.data} holds latents")
         if config.resume == "none" and machine.rank == 0:
             set_aside(Path(config.out) / name)  # before the stage looks for what it starts from
         machine.wait()
@@ -95,15 +91,15 @@ def run_stages(config: Config, machine: Machine, names) -> None:
             tell(machine, f"{message}: the same command goes on from there")
             break
         except torch.OutOfMemoryError:
-            lacks = f"{machine.device} has too little memory for stage {name}"
             cures = "--micro_batch 1, --gradient_checkpointing true, or on more ranks --zero true"
-            raise ValueError(f"{lacks}: try {cures}") from None
+            raise ValueError(f"too little memory for stage {name}: try {cures}") from None
         machine.wait()
 
 
-def share_work(config: Config, machine: Machine) -> dict:
-    """Which share of the data is this rank's, and how many processes read it."""
-    return {"rank": machine.rank, "world_size": machine.world_size, "workers": config.workers}
+def share(config: Config, machine: Machine, source: Source, **options) -> Callable:
+    """This rank's batches of the steps (first, last), see `batches`."""
+    options |= {"rank": machine.rank, "world_size": machine.world_size}
+    return partial(batches, source, workers=config.workers, **options)
 
 
 # ---------------------------------------------------------------------------------- the four stages
@@ -129,7 +125,7 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
 
     objective = losses.ReconstructionLoss(vae, config.seed)
     options = {"batch": config.batch, "is_image_step": lambda step: True, "image_kind": "any"}
-    stream = partial(batches, source, **options, **share_work(config, machine))
+    stream = share(config, machine, source, **options)
     return Stage("vae", objective, vae, config.vae_steps, config.vae_lr, stream, publish, show)
 
 
@@ -151,7 +147,7 @@ def text_stage(config: Config, machine: Machine, source: Source, held_out: Sourc
         ema.save(folder / "text_encoder")
 
     objective = losses.ContrastiveLoss(tower, tokenizer)
-    stream = partial(batches, source, batch=config.image_batch, **share_work(config, machine))
+    stream = share(config, machine, source, batch=config.image_batch)
     stage = Stage("text", objective, tower, config.text_steps, config.text_lr, stream, publish)
     return replace(stage, divisible=False)  # each clip is compared with the captions of all
 
@@ -191,9 +187,8 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
 
     objective = DiffusionLoss(model, config)
     steps = config.image_steps if is_image else config.video_steps
-    options = {"batch": config.batch, "image_batch": config.image_batch}
-    options |= {"is_image_step": is_image_step} | share_work(config, machine)
-    stream = partial(batches, source, **options)
+    sizes = {"batch": config.batch, "image_batch": config.image_batch}
+    stream = share(config, machine, source, is_image_step=is_image_step, **sizes)
     return Stage(name, objective, unet, steps, config.lr, stream, publish, show)
 
 
@@ -213,11 +208,9 @@ def find_part(part: str, config: Config) -> Path:
         raise ValueError(f"{own}: add --from-scratch")
     if config.init:
         folder = (SHIPPED_IMAGE if is_shipped else Path(config.init)) / part
-    elif getattr(config, f"{stage}_steps") == 0:
-        needs = f"preset {config.preset} starts from a trained {part}"
-        raise ValueError(f"{needs}: give --init FOLDER, such as Stable Diffusion 2.1's")
     if not folder.exists():
-        raise ValueError(f"{folder} is missing: run --stage {stage} first, or no --stage for all")
+        cure = f"run --stage {stage} first, or give --init FOLDER, such as Stable Diffusion 2.1's"
+        raise ValueError(f"{folder} is missing: {cure}")
     return folder
 
 
@@ -230,33 +223,26 @@ def load_unet(config: Config, machine: Machine) -> UNet:
     """The UNet to start from; a line is printed where it was trained to predict something else."""
     folder, now = find_part("unet", config), config.prediction_type
     scheduler = folder.parent / "scheduler"
-    if (scheduler / "scheduler_config.json").is_file():
-        before = read_schedule(scheduler).prediction_type
-        if before != now:
-            tell(machine, f"note: the UNet in {folder} learned to predict {before}, this run {now}")
+    before = read_schedule(scheduler).prediction_type if scheduler.exists() else now
+    if before != now:
+        tell(machine, f"note: the UNet in {folder} learned to predict {before}, this run {now}")
     return UNet.from_folder(folder)
 
 
 # ------------------------------------------------------------------------------- beside the stages
-def write_latents(config: Config, machine: Machine) -> None:
+def write_latents(config: Config, machine: Machine, source: Source) -> None:
     """Write the data's latents to --out, by the VAE of --init; see `data/cache.py`."""
-    if not config.init:
-        raise ValueError("--stage latents needs a VAE: give --init FOLDER, with vae/ in it")
-    vae, is_first = load_frozen(VAE, "vae", config).to(machine.device), machine.rank == 0
-    source = open_source(config, partial(progress, shown=is_first))
-    options = {"max_bad": config.max_bad, "autocast": machine.autocast}
-    options |= share_work(config, machine)
-    share = write_cache(source, vae, config.out, config.data, **options)
-    now = next(share)
-    bar = Progress("latents", now.total, "video", now.done, leave=True, shown=is_first)
-    with StopSignal() as stop, bar:
-        for now in share:
+    vae = load_frozen(VAE, "vae", config).to(machine.device)
+    options = machine.rank, machine.world_size, config.workers, config.max_bad, machine.autocast
+    writing = write_cache(source, vae, config.out, config.data, *options)
+    now = next(writing)
+    bar = Progress("latents", now.total, "video", now.done, leave=True, shown=machine.rank == 0)
+    with note_signals() as signals, bar:
+        for now in writing:
             bar.update(now.done - bar.n, bad=format_counts(now.counts) or "none")
-            if stop.asked:
-                break
-    done = f"{config.out} is written: --data {config.out} trains on it"
-    is_done = now.done == now.total
-    tell(machine, done if is_done else "stopped: the same command goes on from there")
+            if signals:
+                return tell(machine, "stopped: the same command goes on from there")
+    tell(machine, f"{config.out} is written: --data {config.out} trains on it")
 
 
 OTHERS = {"benchmark": benchmark, "inspect": inspect, "latents": write_latents}

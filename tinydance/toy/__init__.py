@@ -2,18 +2,15 @@
 
 A procedural world of captioned clips stands in for WebVid-10M, a rule-based referee for FVD and
 CLIPSIM, small networks of our own training for Stable Diffusion's. Read `world.py` first, then
-`referee.py`. `python -m tinydance.toy.evaluate` measures a model. README.md is the manual and the
-lab report; `model/` and `image_model/` are the shipped models, each with its card.
+`referee.py`. README.md is the manual and the lab report; `model/` and `image_model/` are shipped.
 """
 
 from pathlib import Path
 
-from tinydance.toy.referee import judge, referee
 from tinydance.toy.source import ToyWorld
-from tinydance.toy.world import World, make_clip
+from tinydance.toy.world import World
 
 # What comes with the package: the toy model, and the image model that its training starts from.
-SHIPPED = Path(__file__).parent / "model"
-SHIPPED_IMAGE = Path(__file__).parent / "image_model"
+SHIPPED, SHIPPED_IMAGE = (Path(__file__).parent / name for name in ("model", "image_model"))
 
-__all__ = ["SHIPPED", "SHIPPED_IMAGE", "ToyWorld", "World", "judge", "make_clip", "referee"]
+__all__ = ["SHIPPED", "SHIPPED_IMAGE", "ToyWorld", "World"]

@@ -1,16 +1,13 @@
 """How well a toy model follows its instructions: the referee's verdict on clips that it never saw.
 
     python -m tinydance.toy.evaluate --model FOLDER --clips 200
-    python -m tinydance.toy.evaluate --strip clips.png              # look before you measure
 
-The table has a row for each kind of instruction (`ROWS`). Its first row is the ceiling: what the
-referee reads from true clips after a round trip through the VAE. The others are shares of it.
-[ours; the paper measures FVD and CLIPSIM]
+Rows are kinds of instruction (`ROWS`), in percent of the ceiling: true clips after the VAE. [ours]
 Not here: measures of real videos; figures of directing (`notebooks/pictures/figures.py`).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,57 +17,38 @@ from tinydance.config import autocast, choose_device, choose_dtype
 from tinydance.model import PixelDance
 from tinydance.run.cli import Parser, progress, run_main
 from tinydance.toy import SHIPPED, measure
-from tinydance.toy.measure import HIDDEN_SEED, Record, average, choose_world
 from tinydance.toy.referee import compare, referee
-from tinydance.toy.source import ToyWorld
 from tinydance.toy.world import MOTIONS, describe, parse, render, reverse_motion, sample_scene
 from tinydance.vae import to_frames
-from tinydance.video.strips import show_clips
 
 LOOKS = ("colour", "shape", "background")  # what a single frame shows
 CEILING = "ceiling: true clips through the VAE"
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a row gives of each hidden clip: its caption, its first frame, its last frame."""
-
-    text: bool = False
-    first: bool = False
-    last: bool = False
-    each_motion: bool = False  # one first frame with every motion in turn: it tells nothing
-    clips: int = 1  # in a chain, each going on from the last frame of the one before
-
-
-ROWS = {
-    "text": Given(text=True),
-    "first": Given(first=True),
-    "first, last": Given(first=True, last=True),
-    "text, first": Given(text=True, first=True),
-    "text, first, last": Given(text=True, first=True, last=True),
-    "same first, each motion": Given(text=True, first=True, each_motion=True),
-    "chain of 8, the last clip": Given(text=True, first=True, clips=8),
+ROWS = {  # what a row gives of each hidden clip: its caption, its first frame, its last frame
+    "text": {"text"},
+    "first": {"first"},
+    "first, last": {"first", "last"},
+    "text, first": {"text", "first"},
+    "text, first, last": {"text", "first", "last"},
+    "same first, each motion": {"text", "first", "each motion"},  # so this frame tells nothing
+    "chain of 8, the last clip": {"text", "first"},
 }
+LINKS = {"chain of 8, the last clip": 8}  # clips, each from the last frame of the one before
 
 
 def check_rows(model: PixelDance, names: list[str] | None) -> list[str]:
-    """The names, by default all of ROWS. ValueError for a row that the model cannot have."""
+    """Return the names, by default all of ROWS. ValueError: a row that the model cannot have."""
     known = list(ROWS) if model.settings.frames > 1 else ["text"]  # an image model has no other
-    for name in names or []:
-        if name not in known:
-            raise ValueError(f"unknown row {name!r}; known are: {'; '.join(known)}")
+    if unknown := [name for name in names or [] if name not in known]:
+        raise ValueError(f"unknown row {unknown[0]!r}; known are: {'; '.join(known)}")
     return names or known
 
 
 def evaluate(
     model: PixelDance, clips: int, rows: list[str], seed=0, sketches=False, **changes
-) -> Iterator[Record]:
-    """Yield a record of each clip, those of the ceiling first, then those of the rows.
-
-    sketches: last frames are shown as edge drawings, to models trained with them.
-    changes: fields of `Settings`.
-    """
-    world, scenes = choose_world(model), measure.sample_hidden(seed, clips)
+) -> Iterator[measure.Record]:
+    """Yield a record of each clip, those of the ceiling first, then those of the rows. sketches:
+    show last frames as edge drawings, to models trained with them. changes: of `Settings`."""
+    world, scenes = measure.choose_world(model), measure.sample_hidden(seed, clips)
     truth = [render(scene, world)[: model.settings.frames] for scene in scenes]
     captions, firsts = [describe(scene) for scene in scenes], [clip[0] for clip in truth]
     lasts, ends = [clip[-1] for clip in truth], [referee(clip).track[-1] for clip in truth]
@@ -80,27 +58,24 @@ def evaluate(
 
     yield from read_clips(CEILING, measure.make_round_trip(model, truth), captions, targets)
     for name in rows:
-        given, prompts, first, made = ROWS[name], captions, firsts, []
-        if given.each_motion:
-            first, prompts = pair_each_motion(clips, seed, world)
-        count = max(1, clips // given.clips)
-        prompts, first = prompts[:count], first[:count]
-        for link in range(given.clips):
+        given, links, made = ROWS[name], LINKS.get(name, 1), []
+        is_new, count = "each motion" in given, max(1, clips // links)
+        first, prompts = pair_each_motion(clips, seed, world) if is_new else (firsts, captions)
+        first, prompts = first[:count], prompts[:count]
+        for link in range(links):
             if link > 0:  # there and back, or the object would leave the picture
                 first = [clip[-1] for clip in made]
                 prompts = [reverse_motion(prompt) for prompt in prompts]
-            text = prompts if given.text else [""] * len(prompts)
-            pictures = first if given.first else None, lasts if given.last else None
+            text = prompts if "text" in given else [""] * count
+            pictures = first if "first" in given else None, lasts if "last" in given else None
             made = measure.sample_clips(model, text, *pictures, seed * 1000 + link, **changes)
-        is_true = given.first and not given.each_motion and given.clips == 1
+        is_true = "first" in given and not is_new and links == 1
         yield from read_clips(name, made, prompts, targets if is_true else [None] * clips)
 
 
-def read_clips(name: str, made, captions: list[str], targets) -> Iterator[Record]:
+def read_clips(name: str, made, captions: list[str], targets) -> Iterator[measure.Record]:
     """Yield the referee's verdict on each clip, and on its last frame alone ("colour, end").
-
-    targets: of each clip the true first frame, and the place where its object should end; or None.
-    """
+    targets: each clip's true first frame, and the place where its object should end; or None."""
     for clip, caption, target in zip(made, captions, targets):
         reading, end = referee(clip), compare(referee(clip[-1:]), caption)
         record = {"instruction": name, "asked": parse(caption)["motion"]}
@@ -115,9 +90,9 @@ def read_clips(name: str, made, captions: list[str], targets) -> Iterator[Record
 
 
 def pair_each_motion(clips: int, seed: int, world) -> tuple[list[np.ndarray], list[str]]:
-    """First frames (3, H, W), each as often as there are motions, and captions, each another."""
+    """Return first frames (3, H, W), one for all the motions in turn, and their captions."""
     firsts, captions = [], []
-    rng = np.random.default_rng([HIDDEN_SEED + seed, 7])
+    rng = np.random.default_rng([measure.HIDDEN_SEED + seed, 7])
     while len(captions) < clips:
         scene = sample_scene(rng)
         firsts += [render(scene, world)[0]] * len(MOTIONS)
@@ -125,10 +100,11 @@ def pair_each_motion(clips: int, seed: int, world) -> tuple[list[np.ndarray], li
     return firsts[:clips], captions[:clips]
 
 
-def format_records(records: list[Record]) -> str:
-    """A table in percent, the rows below the ceiling in percent of it; shares motion by motion."""
-    means, by_motion = average(records, "instruction"), average(records, "instruction", "asked")
-    medians = average(records, "instruction", mean=np.median)
+def format_records(records: list[measure.Record]) -> str:
+    """Return a table in percent, below its ceiling in percent of that; and motion by motion."""
+    means = measure.average(records, "instruction")
+    by_motion = measure.average(records, "instruction", "asked")
+    medians = measure.average(records, "instruction", mean=np.median)
     columns, ends = (*LOOKS, "motion"), [f"{look}, end" for look in LOOKS]
     best, rows, notes = means[CEILING,], [], []
     for (name,), row in means.items():
@@ -150,7 +126,7 @@ def format_records(records: list[Record]) -> str:
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", default=SHIPPED, help="model folder; default: the shipped one")
-    parser.add_argument("--clips", type=int, help="clips per row: 100; or to draw: 3")
+    parser.add_argument("--clips", type=int, default=100, help="clips per row; default: 100")
     parser.add_argument("--rows", help=f"some of them, joined by ';': {'; '.join(ROWS)}")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other hidden clips")
     parser.add_argument("--steps", type=int)
@@ -159,26 +135,19 @@ def main() -> None:
     parser.add_argument("--cond_noise_t", type=int, help="noise on pictures; default: as trained")
     parser.add_argument("--sketch", action="store_true", help="show last frames as edge drawings")
     parser.add_argument("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
-    parser.add_argument("--strip", help="draw clips to this .png, and measure nothing")
     args = parser.parse_args()
-    if args.clips is not None and args.clips < 1:
+    if args.clips < 1:
         raise ValueError(f"clips is {args.clips}; use 1 or more")
     device = choose_device("auto")
     model = PixelDance.from_folder(args.model).to(device)
     changes = {name: getattr(args, name) for name in ("steps", "guidance", "tau", "cond_noise_t")}
     changes = {name: value for name, value in changes.items() if value is not None}
     with torch.no_grad(), autocast(device, choose_dtype(args.dtype, device)):
-        if args.strip:
-            hidden = ToyWorld(HIDDEN_SEED + args.seed, choose_world(model))
-            samples = [hidden.sample(n, "clip") for n in range(args.clips or 3)]
-            show_clips(model, samples, args.seed, **changes).save(args.strip)
-        else:
-            names = [name.strip() for name in args.rows.split(";")] if args.rows else None
-            rows, clips = check_rows(model, names), args.clips or 100
-            total = clips + sum(max(1, clips // ROWS[name].clips) for name in rows)
-            records = evaluate(model, clips, rows, args.seed, args.sketch, **changes)
-            records = list(progress(records, "evaluating", "clip", total))
-            print(format_records(records))
+        names = [name.strip() for name in args.rows.split(";")] if args.rows else None
+        rows = check_rows(model, names)
+        total = args.clips + sum(max(1, args.clips // LINKS.get(name, 1)) for name in rows)
+        records = evaluate(model, args.clips, rows, args.seed, args.sketch, **changes)
+        print(format_records(list(progress(records, "evaluating", "clip", total))))
 
 
 if __name__ == "__main__":

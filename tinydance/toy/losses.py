@@ -1,9 +1,8 @@
 """How the toy world's borrowed organs are trained: a small VAE, and a small text tower.
 
-The paper takes a pre-trained VAE and text encoder and freezes them [paper §4.1]. A laptop has
-neither download nor room for such, so the toy preset trains its own in minutes, by simplified
-versions of their own recipes. Each objective takes a `Batch` and returns named numbers, of which
-"loss" is lowered.
+The paper freezes a published VAE and text encoder [paper §4.1]. A laptop has no room for such, so
+the toy preset trains its own in minutes, by simplified versions of their recipes. Each objective
+takes a `Batch` and returns named numbers, of which "loss" is lowered.
 """
 
 from dataclasses import replace
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinydance import clip
-from tinydance.clip import TextTower, Tokenizer
 from tinydance.model import Batch
 from tinydance.noise import draw, generator
 from tinydance.vae import VAE, to_pixels
@@ -21,10 +19,8 @@ from tinydance.vae import VAE, to_pixels
 
 class ReconstructionLoss(nn.Module):
     """How a small VAE is trained from nothing [ours]: square error, and a slight pull to N(0, 1).
-
     SD's recipe has the absolute error with a perceptual and an adversarial loss. Without these two,
-    the square error learns small objects far sooner: 32 dB against 24 after 1,600 toy steps.
-    """
+    the square error learns small objects far sooner: 32 dB against 24 after 1,600 toy steps."""
 
     KL_WEIGHT = 1e-6
 
@@ -48,10 +44,9 @@ class ReconstructionLoss(nn.Module):
 def whiten(vae: VAE, x: Tensor) -> None:
     """Make the latents of pixels x (n, 3, H, W) of zero mean, unit variance, uncorrelated.
 
-    Stable Diffusion scales its latents by one number [LDM]. In those of a small VAE one channel
-    can have ten times the variance of another, and noise then drowns the small one first. The
-    affine map and its inverse go into the two 1x1 convolutions: the same pictures come out, and
-    the file keeps its format. The posterior's variances become their means over x. [ours]
+    Stable Diffusion scales its latents by one number [LDM]; but a small VAE's channels can differ
+    tenfold in variance, and noise then drowns the small ones first. The map and its inverse go
+    into the two 1x1 convolutions: the same pictures come out, and the file keeps its format. [ours]
     """
     # n c h w -> c (n h w)
     mean, logvar = (moment.transpose(0, 1).flatten(1).double() for moment in vae.encode(x))
@@ -64,7 +59,7 @@ def whiten(vae: VAE, x: Tensor) -> None:
     weight, bias = post.weight.double(), post.bias.double()
     post.weight.copy_(torch.einsum("oi...,ij->oj...", weight, back))
     post.bias.copy_(bias + weight[:, :, 0, 0] @ centre)
-    # The encoder gives forth (W h + b - centre), and variances that no longer depend on h.
+    # The encoder gives forth (W h + b - centre), and as variances their means over x.
     weight, bias = quant.weight[:c].double(), quant.bias[:c].double()
     quant.weight[:c] = torch.einsum("oi,ij...->oj...", forth, weight).to(quant.weight)
     quant.bias[:c] = (forth @ (bias - centre)).to(quant.bias)
@@ -73,11 +68,9 @@ def whiten(vae: VAE, x: Tensor) -> None:
     vae.config = replace(vae.config, scaling_factor=1.0)
 
 
-def build_vocabulary(words, pad_id: int | None = None, length: int = clip.LENGTH) -> Tokenizer:
-    """A Tokenizer with each of the words as one token; it spells all other text by bytes [ours].
-
-    In CLIP's own file format and order: bytes, bytes that end a word, merges, the two specials.
-    """
+def build_vocabulary(words, length: int = clip.LENGTH) -> clip.Tokenizer:
+    """Make a Tokenizer with each of the words as one token; it spells all else by bytes [ours]."""
+    # in CLIP's own order: bytes, bytes that end a word, merges, the two specials
     symbols, ranks = list(clip.BYTE_SYMBOLS.values()), {}
     symbols += [symbol + "</w>" for symbol in symbols]
     for word in (part for word in words for part in clip.split_words(word)):
@@ -87,69 +80,53 @@ def build_vocabulary(words, pad_id: int | None = None, length: int = clip.LENGTH
     symbols += [left + right for left, right in ranks] + [clip.START, clip.END]
     # two pairs may join to one symbol, which gets one id
     vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
-    return Tokenizer(vocab, ranks, pad_id, length)
+    return clip.Tokenizer(vocab, ranks, length=length)
 
 
-def init_clip(tower: TextTower) -> None:
-    """CLIP's initialisation, for a tower that is trained from nothing [CLIP]."""
+def init_clip(tower: clip.TextTower) -> None:
+    """Draw a new tower's weights as CLIP does; those of the norms are right already [CLIP]."""
     width, depth = tower.config.hidden_size, tower.config.num_hidden_layers
     residual = (2 * depth * width) ** -0.5  # 2 * depth branches are summed
-    nn.init.normal_(tower.text_model["embeddings"]["token_embedding"].weight, std=0.02)
-    nn.init.normal_(tower.text_model["embeddings"]["position_embedding"].weight, std=0.01)
-    for block in tower.text_model["encoder"]["layers"]:
-        attention, mlp = block.self_attn, block.mlp
-        for linear, std in (
-            (attention.q_proj, width**-0.5),
-            (attention.k_proj, width**-0.5),
-            (attention.v_proj, width**-0.5),
-            (attention.out_proj, residual),
-            (mlp.fc1, (2 * width) ** -0.5),
-            (mlp.fc2, residual),
-        ):
-            nn.init.normal_(linear.weight, std=std)
-            nn.init.zeros_(linear.bias)
+    stds = {"token_embedding": 0.02, "position_embedding": 0.01}
+    stds |= {"out_proj": residual, "fc1": (2 * width) ** -0.5, "fc2": residual}
+    for name, parameter in tower.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif "norm" not in name:
+            nn.init.normal_(parameter, std=stds.get(name.split(".")[-2], width**-0.5))
 
 
 class ContrastiveLoss(nn.Module):
     """CLIP's own training in miniature [CLIP]: a caption shall be more like its clip than others.
 
-    CLIP pairs texts with pictures; a toy text tower must also tell "left" from "right", so it is
-    paired with clips. [ours] The video tower, four frames as one picture of 12 channels through
-    three convolutions, is thrown away afterwards.
+    CLIP pairs texts with pictures; a toy tower must also tell "left" from "right", so it is paired
+    with clips: four frames, stacked as channels. The video tower is thrown away afterwards. [ours]
     """
 
-    FRAMES = 4
-
-    def __init__(self, tower: TextTower, tokenizer: Tokenizer, width: int = 64):
+    def __init__(self, tower: clip.TextTower, tokenizer: clip.Tokenizer, width: int = 64):
         super().__init__()
-        self.tower, self.tokenizer = tower, tokenizer
-        convolutions = (
-            nn.Conv2d(3 * self.FRAMES, width, 5, stride=2, padding=2),
-            nn.Conv2d(width, 2 * width, 5, stride=2, padding=2),
-            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
-        )
-        layers = [layer for convolution in convolutions for layer in (convolution, nn.GELU())]
+        self.tower, self.tokenizer, self.frames = tower, tokenizer, 4  # seen of each clip
+        layers, channels = [], 3 * self.frames
+        for wider, kernel in ((width, 5), (2 * width, 5), (2 * width, 3)):
+            layers += [nn.Conv2d(channels, wider, kernel, 2, padding=kernel // 2), nn.GELU()]
+            channels = wider
         pool = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, width, bias=False)
         self.video_tower = nn.Sequential(*layers, *pool)
         self.projection = nn.Linear(tower.config.hidden_size, width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """frames (b, f, 3, H, W) and captions -> "loss", and "accuracy": the share of clips that
-        are most like a caption of their own."""
+        """frames (b, f, 3, H, W) -> "loss"; "accuracy": of clips most like a caption of theirs."""
         pixels = to_pixels(batch.frames)
-        picks = torch.linspace(0, pixels.shape[1] - 1, self.FRAMES).long()
+        picks = torch.linspace(0, pixels.shape[1] - 1, self.frames).long()
         video = self.video_tower(pixels[:, picks].flatten(1, 2)).float()  # b (4 3) H W -> b d
         ids = self.tokenizer(batch.captions).to(pixels.device)  # b l
         ends = (ids == self.tokenizer.end_id).int().argmax(dim=1)  # the first; the rest is padding
-        at_end = self.tower(ids)[torch.arange(len(ids)), ends]
-        text = self.projection(at_end).float()  # b d
+        text = self.projection(self.tower(ids)[torch.arange(len(ids)), ends]).float()  # b d
         video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
         logits = self.logit_scale.exp().clamp(max=100) * video @ text.T  # b b
-        # clips with the same caption are equally right
-        same = [[float(a == b) for b in batch.captions] for a in batch.captions]
-        same = torch.tensor(same).to(logits)
-        truth = same / same.sum(dim=1, keepdim=True)
+        same = torch.tensor([[a == b for b in batch.captions] for a in batch.captions]).to(logits)
+        truth = same / same.sum(dim=1, keepdim=True)  # the same caption is equally right
         loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
         chosen = logits.argmax(dim=1, keepdim=True)
         return {"loss": loss, "accuracy": same.gather(1, chosen).mean()}

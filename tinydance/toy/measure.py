@@ -1,8 +1,7 @@
 """What measures share: hidden clips, a sampler, decibels, means and a table.
 
-`evaluate.py` and `notebooks/pictures/figures.py` measure clip by clip: a record has what was
-measured of one clip, by name, and the rows of a table are means over records. Clips are uint8
-arrays (f, 3, H, W), as the referee reads them. [ours]
+`evaluate.py` and `notebooks/pictures/figures.py` measure clip by clip: a record has one clip's
+numbers by name, and a table's rows are means over records. Clips are uint8 arrays (f, 3, H, W).
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,10 +38,7 @@ def stack_pixels(frames: Sequence[np.ndarray], model: PixelDance) -> Tensor:
 
 
 def sample_clips(model, prompts, first, last, seed: int, **changes) -> Iterator[np.ndarray]:
-    """Yield a clip for each prompt, made in batches, each with a seed of its own.
-
-    first, last: a picture (3, H, W) for each prompt, or None. changes: fields of `Settings`.
-    """
+    """Yield a clip for each prompt; first, last: None, or a picture (3, H, W) for each as well."""
     for i in range(0, len(prompts), AT_A_TIME):
         part = slice(i, i + AT_A_TIME)
         pictures = [None if x is None else stack_pixels(x[part], model) for x in (first, last)]
@@ -64,7 +60,7 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def average(records: list[Record], *by: str, mean=np.mean) -> dict[tuple, dict[str, float]]:
-    """The mean of each number, NaN left out, over the records that agree in the names `by`."""
+    """Return the mean of each number, NaN left out, over records that agree in the names `by`."""
     groups = {}
     for record in records:
         groups.setdefault(tuple(record[name] for name in by), []).append(record)
@@ -74,9 +70,7 @@ def average(records: list[Record], *by: str, mean=np.mean) -> dict[tuple, dict[s
         for name, value in (item for record in group for item in record.items()):
             if name not in by and not isinstance(value, str):
                 known.setdefault(name, []).extend([value] * (not np.isnan(value)))
-        rows[key] = {
-            name: float(mean(values)) if values else np.nan for name, values in known.items()
-        }
+        rows[key] = {name: float(mean(values or [np.nan])) for name, values in known.items()}
         rows[key]["clips"] = len(group)
     return rows
 

@@ -1,7 +1,5 @@
-"""The toy world as a source of training samples, with the same methods as one of files.
-
-Sample n is a function of (seed, n), and there is no last one. [ours]
-"""
+"""The toy world as a source of training samples, with the same methods as one of files: sample n is
+a function of (seed, n), and there is no last one. [ours]"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -24,11 +22,9 @@ class ToyWorld:
     size = property(lambda self: (self.world.size, self.world.size))
 
     def sample(self, n: int, kind: Literal["clip", "first", "any"] = "clip") -> Sample:
-        """Clip n; or one frame of it as a clip with f = 1: the "first", or one of "any" time.
-
-        Images for the UNet are first frames. Text alone makes its first frame as an image model
-        does: if the images were frames of any time, a clip could begin where its motion ends.
-        """
+        """Return clip n; or one frame of it as a clip with f = 1: the "first", or of "any" time.
+        The UNet's images are first frames: were they of any time, a clip from text alone could
+        begin where its motion ends."""
         frames, caption = make_clip(self.seed, n, self.world)
         if kind != "clip":
             k = rng("frame", self.seed, n).integers(self.frames) if kind == "any" else 0

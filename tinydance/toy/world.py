@@ -200,19 +200,15 @@ def vocabulary() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
-GRAMMAR = re.compile(
-    f"a( (?P<colour>{'|'.join(COLOURS)}))?( (?P<shape>{'|'.join(SHAPES)}))?"
-    f"( (?P<motion>{'|'.join(MOTIONS)}))?( (?P<background>{'|'.join(BACKGROUNDS)}))?"
-)
+PARTS = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "background": BACKGROUNDS}
+PARTS = "".join(f"( (?P<{name}>{'|'.join(words)}))?" for name, words in PARTS.items())
 
 
 def parse(caption: str) -> dict[str, str]:
     """What a caption mentions: attribute -> word, named as in `Scene`. Any part after the first
     "a" may be missing. ValueError for an unknown word, or for words in another order."""
-    match = GRAMMAR.fullmatch(" ".join(caption.split()))
+    match = re.fullmatch("a" + PARTS, " ".join(caption.split()))
     if match is None:
-        raise ValueError(
-            f"{caption!r} is no caption of the toy world; write it like {captions()[0]!r}, with "
-            f"some of the words {' '.join(vocabulary())}"
-        )
+        words = f"{captions()[0]!r}, with some of the words {' '.join(vocabulary())}"
+        raise ValueError(f"{caption!r} is no caption of the toy world; write it like {words}")
     return {name: word for name, word in match.groupdict().items() if word is not None}

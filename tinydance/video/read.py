@@ -1,11 +1,10 @@
 """Pictures and clips out of files: uint8 tensors (3, H, W) and (f, 3, H, W), cropped to one size.
 
-The paper trains on "16 consecutive frames with 4 fps" [paper §4.1]. Frames are picked by time, not
-by number: a stride of 25 / 4 frames, rounded to 6, would be 4.17 fps, and phones film at varying
-rates. A file that cannot be read, or claims to be huge, raises `BadSample` before it takes memory.
+Frames are picked by time, not by number: every sixth of 25 fps is 4.17, not the paper's 4 [§4.1],
+and phones film at varying rates. A file that cannot be read, or claims to be huge, raises
+`BadSample` before it takes memory.
 """
 
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil, inf
@@ -31,7 +30,6 @@ SLACK = 0.75  # seconds by which pictures may end before the sound, and so befor
 CENTRE = (0.5, 0.5)  # where to crop: (0, 0) keeps the top left, (1, 1) the bottom right
 Size = tuple[int, int]  # (H, W) of the frames that come out
 Video = str | Path | BinaryIO  # a path, or an open file
-Header = namedtuple("Header", "seconds width height fps codec")  # what a video says of itself
 
 
 class BadSample(ValueError):
@@ -44,12 +42,16 @@ class BadSample(ValueError):
         return f"{self.reason}: {self.message}"
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    if not Path(path).is_file():  # opening a pipe would wait for ever
+        raise BadSample("missing", "no such file")
+    return open(path, "rb")
+
+
 def read_image(path: str | Path, size: Size) -> torch.Tensor:
     """A picture file as uint8 (3, H, W). Raises ValueError that names the file and its fault."""
     try:
-        if not Path(path).is_file():
-            raise BadSample("missing", "no such file")
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return read_picture(file, size)
     except BadSample as error:
         raise ValueError(f"{path}: {error}") from None
@@ -65,12 +67,6 @@ def read_picture(file: BinaryIO, size: Size, at=CENTRE) -> torch.Tensor:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return resize_crop(picture.convert("RGB"), size, at)
-
-
-def picture_size(file: BinaryIO) -> tuple[int, int, str]:
-    """(width, height, format) from a picture's header. Raises BadSample."""
-    with open_picture(file) as picture:
-        return picture.width, picture.height, picture.format
 
 
 @contextmanager
@@ -105,9 +101,7 @@ def resize_crop(picture: Image.Image, size: Size, at=CENTRE) -> torch.Tensor:
 def open_video(source: Video):
     """Yield (container, video stream); errors that FFmpeg raises inside become BadSamples."""
     if isinstance(source, (str, Path)):
-        if not Path(source).is_file():  # opening a pipe would wait for ever
-            raise BadSample("missing", "no such file")
-        with open(source, "rb") as file, open_video(file) as opened:
+        with open_file(source) as file, open_video(file) as opened:
             yield opened
         return
     try:
@@ -131,11 +125,10 @@ def open_video(source: Video):
             raise BadSample("damaged", error.strerror) from None
 
 
-def read_header(source: Video) -> Header:
-    """Read a video's header. Raises BadSample."""
+def read_seconds(source: Video) -> float:
+    """How long a video says that it is. Raises BadSample."""
     with open_video(source) as (container, stream):
-        fps, codec = float(stream.average_rate or 0), stream.codec_context.name
-        return Header(read_length(container, stream), stream.width, stream.height, fps, codec)
+        return read_length(container, stream)
 
 
 def read_length(container, stream) -> float:
@@ -165,11 +158,9 @@ ATTEMPTS = ((True, True), (True, False), (False, False))
 def read_clip(
     source: Video, start: float | Callable, frames: int, fps: float, size: Size, end=inf, at=CENTRE
 ) -> torch.Tensor:
-    """What is on screen at start + k / fps seconds of the video: uint8 (frames, 3, H, W).
-
-    start: seconds, or a function of the video's length that chooses them. Where the video or `end`
-    comes too early, the last picture is repeated. Raises BadSample, also where the file breaks off.
-    """
+    """What is on screen at start + k / fps seconds of the video: uint8 (frames, 3, H, W). start may
+    be a function of the video's length. The last picture is repeated where the video or `end` comes
+    too early. Raises BadSample, also where the file breaks off."""
     for attempt in ATTEMPTS:
         with open_video(source) as (container, stream):
             length = read_length(container, stream)
@@ -186,16 +177,15 @@ def read_clip(
 
 
 def read_pieces(source: Video, fps: float, size: Size, start=0, end=inf, at_once=240) -> Iterator:
-    """Yield what `read_clip` would show from start to end, `at_once` frames or fewer at a time.
-    Raises BadSample, after it has yielded the good part."""
-    count = pictures_in(min(end, read_header(source).seconds) - start, fps)
+    """Yield what `read_clip` shows from start to end, `at_once` frames at a time, till a damage."""
+    count = pictures_in(min(end, read_seconds(source)) - start, fps)
     for first in range(0, count, at_once):
         yield read_clip(source, start + first / fps, min(at_once, count - first), fps, size, end)
 
 
 def decode_shown(container, stream, times, length, attempt) -> Iterator[av.VideoFrame]:
-    """Yield the frame on screen at each of `times`: the last not later than that, or the first.
-    Yields fewer where the file breaks off, or where `attempt` cannot tell which frame is right."""
+    """Yield the frame on screen at each of `times`: the last not later than that, or the first;
+    fewer where the file breaks off, or where `attempt` cannot tell which frame is right."""
     seek, skip = attempt
     origin = float((stream.start_time or 0) * stream.time_base)  # a stream's clock may begin late
     times = [origin + time for time in times]

@@ -1,8 +1,8 @@
 """Films: shots one after another, read from a story, made clip by clip, safe from interruptions.
 
 A composite shot is "formed by stringing together multiple continuous video clips" [paper §4.4.2],
-each from the last frame of the one before; a cut begins anew. The format of stories (README.md has
-one) and how an interrupted film is resumed are [ours: paper silent].
+each from the last frame of the one before; a cut begins anew. The format of stories, and how an
+interrupted film is resumed, are [ours: paper silent].
 Not here: how a clip is made (`sampling.py`), how a video is encoded (`write.py`).
 """
 
@@ -12,23 +12,20 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from tinydance.config import did_you_mean
 from tinydance.model import PixelDance, Settings
 from tinydance.sampling import chain, encode_picture, sample_latents
 from tinydance.vae import to_frames, to_pixels
 from tinydance.video.read import read_image
-from tinydance.video.strips import film_strip
 from tinydance.video.write import check_output, save_video
 from tinydance.weights.files import pick, read_json, whole_file, write_json
 
-TILES = 8  # frames in a row of a storyboard, at most
 # A story's keys and their types; first and last are paths of pictures, from the story's folder.
 SETTINGS = {"seed": "int", "tau": "int or float or str", "guidance": "int or float"}
 SHOT = SETTINGS | {"prompt": "str", "clips": "int", "cut": "bool", "first": "str", "last": "str"}
@@ -56,8 +53,7 @@ class Shot:
 
 
 def read_story(path: str | Path, model: PixelDance, settings: Settings | None = None) -> list[Shot]:
-    """The shots of a story. settings: what the story leaves open, by default the model's.
-    Raises ValueError that names the file, the shot and the key at fault."""
+    """The shots of a story. settings: what it leaves open. ValueError names the key at fault."""
     path, shots, where = Path(path), [], path
     try:
         story = tomllib.loads(path.read_text("utf-8"))
@@ -83,15 +79,15 @@ def check_keys(table: dict, known: dict[str, str]) -> None:
     if not isinstance(table, dict):
         raise ValueError(f"{table!r} is no shot; begin each with a line [[shot]]")
     for key, value in table.items():
-        if type(value).__name__ not in known.get(key, ""):
-            raise ValueError(f"{key} = {value!r}; known are {known}")
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}{did_you_mean(key, known)}")
+        if type(value).__name__ not in known[key].split(" or "):
+            raise ValueError(f"{key} is {value!r}; it must be {known[key]}")
 
 
-# -------------------------------------------------------------------------------- shots to pictures
 def film(model: PixelDance, shots: list[Shot], number=0, make=sample_latents) -> Iterator[tuple]:
     """Yield (index of the shot, its next clip): latents (1, f, 4, h, w) of frames not seen before.
-    number: of the film, where one seed makes several. make: what makes a clip's z_0, see `chain`.
-    """
+    number: of the film, where one seed makes several. make: makes a clip's z_0, see `chain`."""
     carried = {}  # the last frame before, for a shot that goes on from it
     for i, shot in enumerate(shots):
         carried = {} if shot.cut else carried
@@ -108,28 +104,6 @@ def encode(model: PixelDance, picture: Tensor) -> Tensor:
     return encode_picture(model, pixels) if picture.ndim == 3 else model.vae.encode_video(pixels)
 
 
-def decode_film(model: PixelDance, shots: list[Shot], clips, rows: list[list]) -> Iterator[Tensor]:
-    """Yield the frames, uint8 (f, 3, H, W), of the clips that `film` yields. rows: an empty list
-    per shot, to be filled with some of its frames for the storyboard."""
-    seen = [0] * len(shots)
-    for i, z_0 in clips:
-        frames = to_frames(model.vae.decode_video(z_0))[0].cpu()
-        every = ceil(shots[i].clips * shots[i].check(model).settings.frames / TILES)
-        rows[i] += frames[-seen[i] % every :: every]  # the shot's frames 0, every, 2 every, ...
-        seen[i] += len(frames)
-        yield frames
-
-
-def storyboard(shots: list[Shot], rows: list[list[Tensor]]) -> Image.Image:
-    """A picture with a row per shot: its prompt, frames from `decode_film`, its instructions."""
-    titles = [f"{i}. {'' if shot.cut else '... '}{shot.prompt}" for i, shot in enumerate(shots, 1)]
-    first, last = ([shot.pictures.get(name) for shot in shots] for name in ("first", "last"))
-    short = min(rows[0][0].shape[-2:])
-    scale = max(64, min(short, 128)) / short
-    return film_strip([torch.stack(row) for row in rows], titles, 1, scale, first, last)
-
-
-# ------------------------------------------------------------------------------------ onto the disk
 def describe_film(model: PixelDance, shots: list[Shot], number: int = 0) -> dict:
     """All that decides what a film of this model shows; of each picture a sha256."""
     fields = [asdict(shot.check(model)) for shot in shots]
@@ -153,10 +127,6 @@ def name_parts(out: str | Path) -> Path:
     return Path(f"{Path(out)}.parts")
 
 
-def name_storyboard(out: str | Path) -> Path:
-    return Path(out).with_name(f"{Path(out).stem}_storyboard.png")
-
-
 def count_clips(out: str | Path, metadata: dict) -> int:
     """How many clips of this film are finished, also where it was asked for in other words."""
     file, any_words = name_parts(out) / "film.json", {"command": ""}
@@ -171,19 +141,15 @@ def check_film(out: str | Path, metadata: dict, overwrite: bool, resume: bool) -
     if parts.exists() and not (overwrite or (resume and kept)):
         advice = "the same command and --resume go on with its own film, --overwrite begins anew"
         raise ValueError(f"{parts} holds clips of {'another' if resume else 'a'} film; {advice}")
-    for name in [out, name_storyboard(out)][: len(metadata["shots"])]:
-        check_output(name, overwrite or kept > 0)  # a film that was killed at its end has left it
+    check_output(out, overwrite or kept > 0)  # a film that was killed at its end has left it
     return kept
 
 
 def save_film(model: PixelDance, shots: list[Shot], out, metadata: dict, make=sample_latents):
-    """Write the film to `out` (see `save_video`), and the storyboard of several shots beside it, in
-    place of what is there: ask `check_film` before.
-
-    Until both are written, OUT.parts keeps the latents of finished clips; from them another call
-    makes the same film bit for bit. metadata: `describe_film`'s and what else the video shall keep.
-    """
-    parts, count, rows = name_parts(out), itertools.count(), [[] for _ in shots]
+    """Write the film to `out`, in place of what is there: ask `check_film` before. Until all of it
+    is written, OUT.parts keeps the latents of finished clips; from them another call makes the same
+    film bit for bit. metadata: `describe_film`'s and what else the video shall keep."""
+    parts, count = name_parts(out), itertools.count()
     if not count_clips(out, metadata):
         shutil.rmtree(parts, ignore_errors=True)
 
@@ -196,10 +162,8 @@ def save_film(model: PixelDance, shots: list[Shot], out, metadata: dict, make=sa
                 np.save(file, z_0)
         return torch.from_numpy(np.load(path)).to(model.device)
 
-    frames = decode_film(model, shots, film(model, shots, metadata["number"], read_or_make), rows)
-    beside = {"first": shots[0].pictures.get("first"), "last": shots[-1].pictures.get("last")}
-    beside |= {"caption": shots[0].prompt}  # what a film strip shows beside the frames
-    save_video(frames, out, model.settings.fps, overwrite=True, metadata=metadata, **beside)
-    if len(shots) > 1:
-        storyboard(shots, rows).save(name_storyboard(out))
+    clips = film(model, shots, metadata["number"], read_or_make)
+    frames = (to_frames(model.vae.decode_video(z_0))[0].cpu() for _, z_0 in clips)
+    beside = shots[0].prompt, shots[0].pictures.get("first"), shots[-1].pictures.get("last")
+    save_video(frames, out, model.settings.fps, True, *beside, metadata)
     shutil.rmtree(parts, ignore_errors=True)

@@ -1,8 +1,7 @@
 """Clips into files: mp4, GIF, animated PNG, a film strip, or a folder of numbered pictures.
 
-A file appears whole or not at all, and it keeps how it was made: its metadata, a dict, is a comment
-inside, as JSON; a folder has it in NAME.json beside. mp4 and folders take one clip after another,
-so that a film needs no more memory than a clip.
+A file appears whole or not at all, and keeps how it was made: its metadata, a dict, is a comment
+inside, as JSON; a folder has it in NAME.json beside. A film needs no more memory than a clip.
 """
 
 import json
@@ -26,8 +25,8 @@ SUFFIXES = (".mp4", ".gif", ".apng", ".png")
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> tuple[Path, str]:
-    """The path and its suffix, "/" for a folder. Raises what `save_video` would for this name:
-    ValueError where it does not know the suffix, FileExistsError where the name is taken."""
+    """The path and its suffix, "/" for a folder. Raises ValueError where `save_video` does not know
+    the suffix, FileExistsError where the name is taken."""
     suffix = "/" if str(path).endswith(("/", os.sep)) else Path(path).suffix.lower()
     path = Path(path)
     if suffix not in (*SUFFIXES, "/"):
@@ -37,8 +36,8 @@ def check_output(path: str | Path, overwrite: bool = False) -> tuple[Path, str]:
         if parent.exists() and not parent.is_dir():
             raise FileExistsError(f"{parent} is a file, not a folder; choose another name")
     if path.exists() and path.is_dir() != (suffix == "/"):
-        kind = "a folder" if path.is_dir() else "a file"
-        raise FileExistsError(f"{path} exists already, as {kind}; choose another name")
+        kind = "folder" if path.is_dir() else "file"
+        raise FileExistsError(f"{path} exists already, as a {kind}; choose another name")
     for name in [*path.glob("*"), Path(f"{path}.json")] if suffix == "/" else [path]:
         if name.exists() and not overwrite:
             raise FileExistsError(f"{name} exists already; choose another name or use --overwrite")
@@ -48,12 +47,9 @@ def check_output(path: str | Path, overwrite: bool = False) -> tuple[Path, str]:
 def save_video(
     frames, path, fps=4.0, overwrite=False, caption="", first=None, last=None, metadata=None
 ) -> Path:
-    """Write uint8 (f, 3, H, W), or one such clip after another, to what `path` ends in.
-
-    .mp4, .gif, .apng (animated); .png, a film strip with a row for each clip; or "/", a folder of
-    numbered pictures. caption, first, last: what a film strip shows beside the frames. metadata: a
-    dict. Returns the path. Raises like `check_output`, and ValueError for other frames.
-    """
+    """Write uint8 (f, 3, H, W), or one such clip after another, to what `path` ends in: .mp4, .gif,
+    .apng, .png (a film strip with a row for each clip), or "/" for a folder of numbered pictures.
+    caption, first, last: what a film strip shows beside the frames. Raises like `check_output`."""
     path, suffix = check_output(path, overwrite)
     if not fps > 0:
         raise ValueError(f"fps is {fps}; it must be above 0")

@@ -6,7 +6,6 @@ call things is in `diffusers.py`, `ldm.py` and `tokenizer.py`.
 
 from tinydance.weights.files import pick, read_config, read_json, write_json
 from tinydance.weights.load import load_into, load_weights, save_weights
-from tinydance.weights.safetensors import load_safetensors
 
-__all__ = ["load_into", "load_safetensors", "load_weights", "save_weights"]
-__all__ += ["pick", "read_config", "read_json", "write_json"]
+__all__ = ["load_into", "load_weights", "save_weights", "pick", "read_config"]
+__all__ += ["read_json", "write_json"]

@@ -15,10 +15,7 @@ UNET_FIELDS += " cross_attention_dim norm_num_groups temporal_dropout"
 
 def read_unet_config(config: dict) -> dict:
     """Return our UNet's fields from the file of a UNet2DConditionModel or a UNet3DConditionModel.
-
-    Published networks see z_t alone, ours sees [z_t, c_image]: `in_channels` becomes at least twice
-    `out_channels`. Raises ValueError for other kinds, Stable Diffusion 1.x's UNet among them.
-    """
+    Raises ValueError for other kinds, Stable Diffusion 1.x's UNet among them."""
     needed = ("in_channels", "out_channels", "block_out_channels", "down_block_types")
     if missing := [name for name in needed if name not in config]:
         raise ValueError(f"this config.json is not a UNet's: it lacks {', '.join(missing)}")
@@ -34,6 +31,7 @@ def read_unet_config(config: dict) -> dict:
             kind = "Stable Diffusion 2's kind (one head width, linear projections)"
             raise ValueError(f"this UNet is not of {kind}: use a Stable Diffusion 2.x folder")
         fields["attention_head_dim"] = head_widths.pop()
+    # published networks see z_t alone, ours sees [z_t, c_image]
     fields["in_channels"] = max(fields["in_channels"], 2 * fields["out_channels"])
     fields["attention_levels"] = tuple(kind.startswith("CrossAttn") for kind in kinds)
     return fields
@@ -50,8 +48,8 @@ def write_unet_config(fields: dict, spatial: bool = False) -> dict:
         config["use_linear_projection"] = True
     config["down_block_types"] = [f"{'CrossAttn' * a}DownBlock{kind}" for a in attends]
     config["up_block_types"] = [f"{'CrossAttn' * a}UpBlock{kind}" for a in reversed(attends)]
-    same = dict(act_fn="silu", downsample_padding=1, mid_block_scale_factor=1, norm_eps=1e-5)
-    return config | same
+    config |= {"act_fn": "silu", "downsample_padding": 1, "mid_block_scale_factor": 1}
+    return config | {"norm_eps": 1e-5}
 
 
 def is_temporal(name: str) -> bool:

@@ -48,11 +48,6 @@ def read_config(folder: str | Path) -> dict:
     return read_json(Path(folder) / "config.json")
 
 
-def write_config(folder: str | Path, config: dict) -> None:
-    """Write FOLDER/config.json [hub format]."""
-    write_json(Path(folder) / "config.json", config)
-
-
 def pick(config: dict, names) -> dict:
     """Return the items of these names (a list, or a dataclass) that are there, lists as tuples."""
     names = names if isinstance(names, list) else [field.name for field in fields(names)]

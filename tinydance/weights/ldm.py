@@ -1,9 +1,7 @@
 """Names of older checkpoints -> ours: latent-diffusion's (LDM), in Stable Diffusion's single files
 and the video models made from it, OpenCLIP's, and the hub's autoencoders' of before 2023.
 
-All rules of a table are applied in order. A name that no rule knows passes unchanged, and
-`load_into` reports it.
-"""
+A table's rules are applied in order. A name that none knows stays, and `load_into` reports it."""
 
 import re
 
@@ -87,11 +85,9 @@ def vae_from_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def text_from_any(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Rename a text tower of the hub, also inside LDM's file, or of OpenCLIP: `layers` blocks [SD].
-
-    SD 2.x takes c_text after block 23 of OpenCLIP's 24, so the hub's files, and ours, lack the last
-    one. What is not of the text tower is dropped: the image tower, projections, logit_scale.
-    """
+    """Rename a text tower of the hub, also inside LDM's file, or of OpenCLIP [SD]. SD 2.x takes
+    c_text after block 23 of OpenCLIP's 24: blocks from `layers` on are dropped, as on the hub, and
+    so is what is not of the text tower: the image tower, projections, logit_scale."""
     if not any(name.endswith("transformer.resblocks.0.ln_1.weight") for name in tensors):
         rules = [(r"^(text_model\.)?", "text_model.")]  # transformers 5 writes no `text_model.`
         tensors = rename(tensors, "cond_stage_model.transformer.", rules)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tinydance.weights.files import read_json, write_config
-from tinydance.weights.safetensors import LFS_POINTER, load_safetensors, save_safetensors
+from tinydance.weights.files import read_json, write_json
+from tinydance.weights.safetensors import load_safetensors, save_safetensors
 
 # What a folder's weights may be called, the first choice first: full precision before half.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -34,6 +34,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise ValueError(f"{path}: weight_map must name files of this folder, not {shards}")
         return {k: x for shard in shards for k, x in load_weights(path.with_name(shard)).items()}
+    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes()[:8] == b"version ":
+        raise ValueError(f"{path}: a git-lfs pointer, not the weights: run `git lfs pull`")
     tensors = load_safetensors(path) if path.suffix == ".safetensors" else load_pickled(path)
     # torch.compile and DDP put their wrappers' names before the module's
     return {k.replace("_orig_mod.", "").removeprefix("module."): x for k, x in tensors.items()}
@@ -42,9 +44,6 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 def load_pickled(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a PyTorch file; a Lightning checkpoint has them under `state_dict`."""
     try:
-        with open(path, "rb") as file:
-            if file.read(8) == b"version ":
-                raise ValueError(LFS_POINTER)
         is_zip = zipfile.is_zipfile(path)  # since PyTorch 1.6; only a zip can be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         content = content.get("state_dict", content)
@@ -58,10 +57,8 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], may_lack=lambda name: False) -> None:
     """Copy {name: tensor} into the module, which keeps its own dtypes and device; or copy nothing,
-    and raise ValueError that counts and names all misfits [ours].
-
-    may_lack(name) -> bool: whether a parameter that `tensors` lack may keep its initialisation.
-    """
+    and raise ValueError that counts and names all misfits [ours]. may_lack(name) -> bool: whether a
+    parameter that `tensors` lack may keep its initialisation."""
     own = module.state_dict()
     pairs = {k: (tuple(tensors[k].shape), tuple(x.shape)) for k, x in own.items() if k in tensors}
     misfits = {
@@ -78,6 +75,6 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], may_lack=lambda nam
 
 def save_weights(folder, config: dict, tensors: dict, dtype=None, name: str = STEMS[0]) -> None:
     """Write FOLDER/config.json and NAME.safetensors; dtype (say torch.float16) is that on disk."""
-    write_config(folder, config)
+    write_json(Path(folder) / "config.json", config)
     tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in tensors.items()}
     save_safetensors(tensors, Path(folder) / f"{name}.safetensors")

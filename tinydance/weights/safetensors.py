@@ -1,10 +1,8 @@
 """The .safetensors container: bytes <-> {name: tensor} [hub format].
 
-    8 bytes     the header's length, little-endian
-    header      JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": ...}
-    data        the tensors' bytes, row by row; offsets count from where the data begins
-
-A file from the internet is not trusted: all offsets are checked before a tensor is made of it."""
+Its parts: the header's length, 8 bytes, little-endian; the header, JSON: {name: {"dtype", "shape",
+"data_offsets": [begin, end]}, "__metadata__": ...}; the tensors' bytes, row by row, from where
+offsets count. A file from the internet is not trusted: all is checked before a tensor is made."""
 
 import json
 import math
@@ -19,7 +17,6 @@ from tinydance.weights.files import whole_file
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
-LFS_POINTER = "a git-lfs pointer, not the weights: run `git lfs pull`"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -49,13 +46,10 @@ def load_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            start = file.read(8)
-            if start == b"version ":
-                raise ValueError(LFS_POINTER)
-            length = int.from_bytes(start, "little")
+            length = int.from_bytes(file.read(8), "little")
             if length > min(100_000_000, size - 8):  # as the safetensors library
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length).decode())
+            header = json.loads(file.read(length).decode(), object_pairs_hook=refuse_twins)
         layout = check_layout(header, size - 8 - length)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot read as .safetensors: {error}") from error
@@ -69,6 +63,13 @@ def load_safetensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def refuse_twins(pairs: list[tuple]) -> dict:
+    """Return a JSON object as a dict. Raises ValueError for a key twice: readers take either."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("the header has a key twice")
+    return dict(pairs)
+
+
 def check_layout(header: dict, data_size: int) -> list[tuple]:
     """Return [(begin, end, name, dtype, shape)] in the data's order. Raises ValueError unless the
     tensors tile the `data_size` bytes exactly: no gap, no overlap."""
@@ -80,12 +81,11 @@ def check_layout(header: dict, data_size: int) -> list[tuple]:
         try:
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             begin, end = entry["data_offsets"]
-            if (
-                any(type(x) is not int or x < 0 for x in (begin, end, *shape))  # True is no length
-                # an empty tensor too may have a side that is too large for PyTorch
-                or math.prod(max(side, 1) for side in shape) >= 2**60
-                or end - begin != math.prod(shape) * dtype.itemsize
-            ):
+            if any(type(x) is not int or x < 0 for x in (begin, end, *shape)):  # True is no length
+                raise ValueError
+            # an empty tensor too may have a side that is too large for PyTorch
+            is_huge = math.prod(max(side, 1) for side in shape) >= 2**60
+            if is_huge or end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name!r} is described by {entry!r:.200}") from error

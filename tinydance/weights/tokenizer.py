@@ -12,10 +12,8 @@ LENGTH = 77  # tokens per text, start and end included [CLIP]
 
 def read_tokenizer(folder) -> dict:
     """Return the arguments of `clip.Tokenizer`. Raises ValueError naming the file at fault.
-
     SD 2.x names "!" (id 0) as its pad token. transformers then turns every "!" of a prompt into id
-    0, which the tower never met there in training; here id 0 only pads.
-    """
+    0, which the tower never met there in training; here id 0 only pads."""
     folder = Path(folder)
     vocab = read_json(folder / "vocab.json")
     try:
