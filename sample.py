@@ -29,6 +29,7 @@ from tinydance.vae import to_frames, to_pixels
 from tinydance.video import story
 from tinydance.video.read import BadSample, pictures_in, read_clip, read_image, read_seconds
 from tinydance.video.write import read_metadata
+from tinydance.weights.untrusted import read_text, reading
 
 PROMPT = "a red circle bounces to the right"
 PICTURES = ("first", "last")  # flags that name pictures, which are instructions by these names
@@ -89,11 +90,12 @@ def main() -> None:
     metadata |= {"t2i": args.t2i and story.fingerprint(args.t2i)}
     metadata |= {"command": shlex.join(["python", "sample.py", *words])}
     videos = read_videos(args, model)
-    outs, todo, kept = name_outputs(args.out, len(videos)), [], 0
+    outs, todo, kept = name_outputs(args, len(videos)), [], 0
     for n in range(rank, len(videos), world_size):  # each rank has its share
         out, about = outs[n], metadata | story.describe_film(model, videos[n], n)
-        if args.resume and Path(out).exists() and not story.name_parts(out).exists():
-            print(f"note: {out} is finished", file=sys.stderr)
+        if args.resume and Path(out).exists() and not story.is_begun(out):
+            with story.claim(out):  # what a kill left of its clips goes
+                print(f"note: {out} is finished", file=sys.stderr)
             continue
         kept += story.check_film(out, about, args.overwrite, args.resume)
         todo.append((videos[n], out, about))
@@ -114,11 +116,15 @@ def main() -> None:
         for shots, out, about in todo:
             try:
                 with autocast(device, dtype):
-                    story.save_film(model, shots, out, about, make)
+                    story.save_film(model, shots, out, about, make, args.overwrite, args.resume)
+                print(out, flush=True)
+            except (BlockingIOError, FileExistsError):
+                if args.out or args.resume or len(videos) > 1:
+                    raise
+                todo.append((shots, *name_outputs(args, 1), about))  # another was quicker
             except KeyboardInterrupt:
                 print("\nstopped: the same command with --resume goes on", file=sys.stderr)
                 sys.exit(130)
-            print(out, flush=True)
 
 
 def read_videos(args: Namespace, model: PixelDance) -> list[list[story.Shot]]:
@@ -161,7 +167,8 @@ def read_shots(args: Namespace, settings: Settings) -> list[story.Shot]:
         raise ValueError("--t2i makes a first frame: leave it out, or --first and --edit")
     prompts = [args.prompt if args.prompt is not None else "" if lists else PROMPT]
     if args.prompts:
-        lines = Path(args.prompts).read_text("utf-8").splitlines()
+        with reading(args.prompts):
+            lines = read_text(args.prompts).splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"{args.prompts}: no prompt inside; write one a line")
@@ -173,12 +180,14 @@ def read_shots(args: Namespace, settings: Settings) -> list[story.Shot]:
     return [story.Shot(*own, args.clips, True, settings) for own in zip(prompts * count, picked)]
 
 
-def name_outputs(out: str | None, count: int) -> list[str]:
-    """--out, or clip.mp4, clip_2.mp4, ... whichever is free; of several videos, with a number."""
+def name_outputs(args: Namespace, count: int) -> list[str]:
+    """--out, or clip.mp4, clip_2.mp4, ...: what is free, or to resume; of several with a number."""
+    out = args.out or "clip.mp4"
     if count == 1:
-        names = itertools.chain(["clip.mp4"], (f"clip_{n}.mp4" for n in itertools.count(2)))
-        return [out or next(name for name in names if not Path(name).exists())]
-    out = out or "clip.mp4"
+        for name in itertools.chain([out], (f"clip_{n}.mp4" for n in itertools.count(2))):
+            is_begun, is_there = story.name_parts(name).exists(), Path(name).exists()
+            if args.out or (args.resume if is_begun else not is_there):
+                return [name]
     end = "/" if out.endswith("/") else Path(out).suffix
     return [f"{out.removesuffix(end)}_{n:04d}{end}" for n in range(count)]
 

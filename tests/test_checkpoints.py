@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -66,11 +67,16 @@ def garble_the_manifest(path):
     (path / "manifest.json").write_text("[1")
 
 
+def empty_the_manifest(path):
+    (path / "manifest.json").write_text("{}")
+
+
 def lose_the_state(path):
     (path / "state.pt").unlink()
 
 
-DAMAGES = [flip_a_byte, cut, empty, lose_the_manifest, garble_the_manifest, lose_the_state]
+DAMAGES = [flip_a_byte, cut, empty, lose_the_manifest, garble_the_manifest, empty_the_manifest]
+DAMAGES += [lose_the_state]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -87,23 +93,44 @@ def test_without_any_there_is_none(tmp_path):
     assert newest_checkpoint(tmp_path) is None
 
 
-def test_a_checkpoint_that_a_crash_left_half_written_is_not_read(tmp_path):
-    save(tmp_path, 5)
-    (tmp_path / "unfinished_00000009").mkdir()
-    (tmp_path / "unfinished_00000009" / "state.pt").write_bytes(b"half")
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005"]
-    save(tmp_path, 9, 12)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000009", "step_00000012"]
+def test_a_checkpoint_that_a_kill_left_half_written_is_not_read_but_deleted(tmp_path):
+    config = make_config("toy")
+    resume_from(tmp_path, config, asdict(config))
+    (tmp_path / "step_00000009").mkdir()
+    (tmp_path / "step_00000009" / "state.pt.123.part").write_bytes(b"half")
+    assert newest_checkpoint(tmp_path).name == "step_00000007"
+    assert resume(tmp_path, config, Part()) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000007"]
+
+
+@pytest.mark.parametrize(
+    "name", ["step_best", "step_00000010_backup", "step_00000010.old", "step_9"]
+)
+def test_a_users_copy_is_neither_taken_nor_deleted(tmp_path, name):
+    save(tmp_path, 10)
+    shutil.copytree(tmp_path / "step_00000010", tmp_path / name)
+    save(tmp_path, 20, 30, 40)
+    assert newest_checkpoint(tmp_path).name == "step_00000040"
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000030", "step_00000040"]
+    assert is_whole(tmp_path / name)
+
+
+def test_steps_are_sorted_as_numbers(tmp_path):
+    save(tmp_path, 99_999_999, 100_000_000)
+    assert newest_checkpoint(tmp_path).name == "step_100000000"
 
 
 def save_forever(folder):
-    for step in range(1, 10**6):
-        save(folder, step, size=300_000)
+    """From the newest on, as a run that resumes."""
+    resume(folder, config := make_config("toy"), part := Part())
+    for step in range(part.state["step"] + 1, 10**6):
+        state = {"step": step, "weights": torch.full((300_000,), float(step))}
+        save_checkpoint(folder, step, state | {"config": asdict(config)})
 
 
 def test_killed_at_any_moment_a_whole_checkpoint_is_there(tmp_path):
     """kill -9, at twenty different moments of writing."""
-    save(tmp_path, 0)
+    save_checkpoint(tmp_path, 0, state(0) | {"config": asdict(make_config("toy"))})
     fork = multiprocessing.get_context("fork")
     for k in range(20):
         process = fork.Process(target=save_forever, args=(tmp_path,))

@@ -1,6 +1,7 @@
 """The two scripts as a user types them: what works, and one clear line for what cannot."""
 
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -29,6 +30,7 @@ from tinydance.video.read import read_clip, read_image
 from tinydance.video.story import fingerprint
 from tinydance.video.write import read_metadata, save_video
 from tinydance.weights import pick
+from tinydance.weights.files import hold
 
 
 @pytest.fixture
@@ -255,6 +257,59 @@ def test_sample_without_out_takes_the_next_free_name(folder, monkeypatch, capsys
         assert out.strip() == name and (folder / name).exists()
 
 
+def test_a_name_that_another_process_makes_is_not_taken(folder, monkeypatch, capsys):
+    """Also where it takes the name between the choice and the first clip."""
+    given = ["a red circle", "--model", "model"]
+    with hold("clip.mp4.parts"):
+        assert run(monkeypatch, capsys, sample, *given)[1].strip() == "clip_2.mp4"
+        code, _, err = run(monkeypatch, capsys, sample, *given, "--out", "clip.mp4", "--overwrite")
+        assert code == 2 and "clip.mp4.parts is in use by another process" in err
+    save_film, rivals = story.save_film, []
+
+    def save_late(model, shots, out, *rest):
+        if not rivals:
+            rivals.append(Path(out).write_bytes(b"made by another"))
+        return save_film(model, shots, out, *rest)
+
+    monkeypatch.setattr(story, "save_film", save_late)
+    assert run(monkeypatch, capsys, sample, *given)[1].strip() == "clip_3.mp4"
+    assert Path("clip.mp4").read_bytes() == b"made by another"
+    assert not list(folder.glob("*.parts"))
+
+
+def test_a_sampling_that_fails_leaves_nothing(folder, monkeypatch, capsys):
+    def fail(*arguments):
+        raise OSError("no space left on device")
+
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(sample, "sample", fail)
+    code, _, err = run(monkeypatch, capsys, sample, "a red circle", "--model", "model")
+    assert code == 2 and "no space left" in err and sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("end", [".mp4", ".gif", ".apng", ".png", "/"])
+def test_names_and_prompts_may_be_any_bytes(folder, monkeypatch, capsys, end):
+    prompt, name = os.fsdecode(b"caf\xe9 circle"), os.fsdecode(b"caf\xe9") + end
+    given = [prompt, "--model", "model", "--out", name, "--clips", "2"]
+    real, made = sample.sample, []
+
+    def interrupted(*arguments):
+        if made:
+            raise KeyboardInterrupt
+        made.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(sample, "sample", interrupted)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))  # capsys knows UTF-8 alone
+    assert run(monkeypatch, capsys, sample, *given)[0] == 130
+    monkeypatch.setattr(sample, "sample", real)
+    code, _, err = run(monkeypatch, capsys, sample, *given, "--resume")
+    assert code == 0 and Path(name).exists(), err
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == os.fsencode(name) + b"\n"
+    assert read_metadata(name)["shots"][0]["prompt"] == "caf? circle"
+
+
 def test_the_same_seed_makes_the_same_video_and_another_seed_another(folder, monkeypatch, capsys):
     for name, seed in (("a.apng", 1), ("b.apng", 1), ("c.apng", 2)):
         run(monkeypatch, capsys, sample, "x", "--model", "model", "--seed", seed, "--out", name)
@@ -341,6 +396,9 @@ TRAIN_ERRORS = [
     (["--preset", "paper", "--data", "videos"], "give --init FOLDER"),
     (["--width", "48"], "the toy world is square"),
     (["--beta_schedule", "cosine", "--stage", "image", "--init", "model"], "'cosine'"),
+    (["--timeout", "inf"], "timeout is inf; use 0 to 1000000"),
+    (["--num_train_timesteps", "5"], "steps is 16; use 1 to 5"),
+    (["--num_train_timesteps", "5", "--steps", "4"], "cond_noise_t is 10; use 0 to 4"),
 ]
 
 

@@ -210,8 +210,7 @@ def test_the_shipped_story_lasts_three_minutes_in_the_toy_worlds_words():
 def save(model, shots, out, overwrite=False, resume=False, make=sample_latents):
     """What `sample.py` does with a film."""
     metadata = {"command": f"python sample.py {out}", "model": "tiny"} | describe_film(model, shots)
-    check_film(out, metadata, overwrite, resume)
-    save_film(model, shots, out, metadata, make)
+    save_film(model, shots, out, metadata, make, overwrite, resume)
 
 
 class Stop(Exception):
@@ -325,6 +324,24 @@ def test_a_film_that_was_killed_after_its_last_clip_resumes(
     make, made = stop_after(0)
     save(model, shots, out, resume=True, make=make)
     assert not made and out.exists() and not (tmp_path / "x.apng.parts").exists()
+
+
+def test_a_film_that_was_killed_while_its_clips_went_is_finished(model, shots, tmp_path):
+    out, parts = tmp_path / "x.apng", tmp_path / "x.apng.parts"
+    save(model, shots, out)
+    parts.mkdir()
+    for name in ("0002.npy", ".tinydance.lock", "notes.txt"):
+        (parts / name).write_bytes(b"left")
+    assert not story.is_begun(out)
+    with story.claim(out):
+        pass
+    assert os.listdir(parts) == ["notes.txt"]  # a user's
+
+
+def test_two_processes_do_not_make_one_film(model, shots, tmp_path):
+    with story.claim(tmp_path / "x.apng"), pytest.raises(BlockingIOError, match="another process"):
+        save(model, shots, tmp_path / "x.apng", overwrite=True, resume=True)
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_overwriting_film_that_was_interrupted_resumes(model, shots, tmp_path):

@@ -20,7 +20,7 @@ from tinydance import conditioning, noise
 from tinydance.config import NETWORKS, make_config
 from tinydance.data import batches
 from tinydance.model import Batch, PixelDance
-from tinydance.run.checkpoints import checkpoints
+from tinydance.run.checkpoints import checkpoints, save_checkpoint
 from tinydance.run.fit import fit
 from tinydance.run.stages import make_machine
 from tinydance.sampling import sample_frames
@@ -39,6 +39,7 @@ from tinydance.unet import UNet, UNetConfig, is_temporal
 from tinydance.vae import VAEConfig, to_pixels
 from tinydance.video.strips import psnr
 from tinydance.weights import load_weights, read_config
+from tinydance.weights.files import hold
 from tinydance.weights.safetensors import save_safetensors
 
 
@@ -218,6 +219,69 @@ def test_a_run_that_stopped_equals_a_straight_one_bit_for_bit(straight, tmp_path
         assert all(torch.equal(state[name], b["optimizer"]["state"][k][name]) for name in state)
     for one, other in zip(log(straight), log(tmp_path), strict=True):
         assert all(one[name] == other[name] for name in ("step", "loss", "grad_norm", "kind"))
+
+
+@pytest.mark.parametrize("cut", [b'{"step": 8, "loss": 0.4', b"\x00\x00\xff", b"7\n[]\n{}"])
+def test_a_cut_last_line_of_the_log_is_left_out(straight, tmp_path, cut):
+    """A crash cuts the last line; what was logged before stays, and the run goes on."""
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(checkpoints(tmp_path / "video" / "checkpoints")[-1])
+    with (tmp_path / "video" / "log.jsonl").open("ab") as file:
+        file.write(cut)
+    tiny_train("video", out=str(tmp_path), video_steps=5)
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_signal_while_a_stage_writes_its_last_checkpoint_stops_all(tmp_path, monkeypatch, capsys):
+    def save(folder, step, state):
+        save_checkpoint(folder, step, state)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("tinydance.run.fit.save_checkpoint", save)
+    tiny_train(out=str(tmp_path), vae_steps=1)
+    assert "stopped after stage vae: the same command goes on" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["vae"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_two_trainings_do_not_share_an_out(straight):
+    with hold(straight), pytest.raises(BlockingIOError, match="in use by another process: wait"):
+        tiny_train("video", out=str(straight))
+
+
+def test_what_kills_left_is_cleared_and_what_a_user_put_there_is_not(straight, tmp_path):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    left = tmp_path / "video" / "model" / "unet" / "diffusion_pytorch_model.safetensors.77.part"
+    own = tmp_path / "video" / "movie.part"
+    for path in (left, own):
+        path.write_bytes(b"half")
+    tiny_train("video", out=str(tmp_path))
+    assert own.exists() and not left.exists()
+
+
+def test_an_image_stage_that_was_killed_before_its_first_checkpoint_starts_from_init(
+    straight, tmp_path
+):
+    """And not from the averaged weights that it had published already."""
+    given = {"init": str(straight / "image" / "model"), "unet": "init", "image_steps": 2}
+    tiny_train("image", out=str(tmp_path), **given)
+    before = newest(tmp_path, "image")["objective"]
+    shutil.rmtree(tmp_path / "image" / "checkpoints")
+    tiny_train("image", out=str(tmp_path), **given)
+    assert largest_difference(before, newest(tmp_path, "image")["objective"]) == 0
+
+
+def test_an_error_of_the_main_process_ends_it_while_workers_read(straight, tmp_path):
+    program = (
+        "import sys; from tiny_training import tiny_train; from tinydance.run import fit\n"
+        "def fail(*arguments): raise RuntimeError('from the main process')\n"
+        "fit.average = fail; tiny_train('video', out=sys.argv[1], workers=2)"
+    )
+    before_the_video_stage(straight, tmp_path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "from the main process" in done.stderr
 
 
 def test_a_finished_run_has_nothing_to_do(straight):
@@ -522,6 +586,8 @@ def test_a_step_without_finite_gradients_changes_neither_weights_nor_their_avera
     stage = Stage("x", objective, objective, 3, 1e-2, black_frames, publish)
     fit(stage, config, Machine(config))
     assert [line["skipped"] for line in log(tmp_path, "x")] == [False, True, False]
+    assert [line["loss"] is None for line in log(tmp_path, "x")] == [False, True, False]
+    assert "NaN" not in (tmp_path / "x" / "log.jsonl").read_text()  # which is no JSON
     assert not torch.equal(weights[0], torch.ones(2)) and torch.equal(weights[0], weights[1])
     assert torch.isfinite(weights[2]).all() and not torch.equal(weights[1], weights[2])
     assert torch.equal(averages[0], averages[1]) and not torch.equal(averages[1], averages[2])

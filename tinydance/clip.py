@@ -11,17 +11,20 @@ Not here: the image tower, which PixelDance does not use; how a small tower is t
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinydance.weights import load_into, load_weights, pick, read_config, save_weights
+from tinydance.weights import build, load_into, read_part, reading, save_weights
 from tinydance.weights.diffusers import write_text_config
 from tinydance.weights.ldm import text_from_any
 from tinydance.weights.tokenizer import END, LENGTH, START, read_tokenizer, write_tokenizer
 
+MAX_WORD = 1000  # bytes of a word that are read [ours]
 CONTRACTION = re.compile("'(?:s|t|re|ve|m|ll|d)")
 
 
@@ -71,8 +74,9 @@ def split_words(text: str) -> list[str]:
 
 def merge_symbols(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding of a word: join the pair of lowest rank until no pair is known [CLIP]."""
-    # Half a surrogate pair, as file names may hold, has no bytes; it becomes "?".
-    symbols = [BYTE_SYMBOLS[byte] for byte in word.encode("utf-8", "replace")]
+    # Half a surrogate pair, as file names may hold, has no bytes; it becomes "?". What a word of
+    # many thousand letters has beyond the first would never fit, and the loop below is quadratic.
+    symbols = [BYTE_SYMBOLS[byte] for byte in word.encode("utf-8", "replace")[:MAX_WORD]]
     symbols[-1] += "</w>"
     while len(symbols) > 1:
         pair = min(zip(symbols, symbols[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
@@ -113,35 +117,30 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, path) -> "Tokenizer":
         """Read a folder with vocab.json and merges.txt. Raises ValueError naming what is wrong."""
-        arguments = read_tokenizer(path)
-        try:
-            return cls(**arguments)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        with reading(path):
+            return cls(**read_tokenizer(path))
 
     def save(self, path) -> None:
         write_tokenizer(path, self.vocab, self.merges, self.pad_id, self.length)
 
-    def words(self, text: str) -> list[tuple[str, list[int]]]:
-        """[(word, its ids)] of a text, without the start and end that the call adds.
+    def words(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        """Yield (word, its ids) of a text, without the start and end that the call adds.
 
         START and END, written out in a text, are themselves, as in transformers.
         """
-        pairs = []
         for part in re.split(f"({re.escape(START)}|{re.escape(END)})", text):
             if part in (START, END):
-                pairs.append((part, [self.vocab[part]]))
+                yield part, [self.vocab[part]]
                 continue
             for word in split_words(part):
-                symbols = merge_symbols(word, self.ranks)
-                pairs.append((word, [self.vocab[symbol] for symbol in symbols]))
-        return pairs
+                yield word, [self.vocab[symbol] for symbol in merge_symbols(word, self.ranks)]
 
     def __call__(self, texts: list[str]) -> Tensor:
         """List of n strings -> ids (n, length): start, the text as far as it fits, end, padding."""
         rows = torch.full((len(texts), self.length), self.pad_id)
         for row, text in zip(rows, texts):
-            ids = [i for _, word_ids in self.words(text) for i in word_ids][: self.length - 2]
+            ids = (i for _, word_ids in self.words(text) for i in word_ids)
+            ids = [*islice(ids, self.length - 2)]  # what is behind is not even merged
             row[: len(ids) + 2] = torch.tensor([self.start_id, *ids, self.end_id])
         return rows
 
@@ -278,9 +277,8 @@ class TextTower(nn.Module):
 
         Raises ValueError where files are missing or weights do not fit the config.
         """
-        tower = cls(TextConfig(**pick(read_config(path), TextConfig)))
-        tower.load(load_weights(path))
-        return tower
+        file = f"{path}/config.json"
+        return read_part(path, lambda config: cls(build(TextConfig, config, file)))
 
     def save(self, path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors as transformers has them [hub format]; `dtype`,

@@ -120,7 +120,7 @@ class Config:
     compile: Literal["auto", "on", "off"] = free("auto", "torch.compile; auto: on with CUDA")
     zero: bool = free(False, "each rank keeps a share of Adam's moments [ZeRO, stage 1]")
     gradient_checkpointing: bool = free(False, "less memory for a third more time")
-    timeout: float = free(30, "minutes that the other ranks wait for one that hangs")
+    timeout: float = free(30, "minutes that the other ranks wait for one that hangs", high=10**6)
     workers: int = free(4, "processes that read data, on each rank")
     max_bad: float = free(0.05, "share of bad among 1,000 samples that ends a run [ours]", high=1)
     max_skips: int = free(20, "steps in a row without finite gradients that end a run", low=1)

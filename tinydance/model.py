@@ -19,8 +19,8 @@ from tinydance.clip import TextConfig, TextTower, Tokenizer
 from tinydance.schedulers import SAMPLERS, Schedule
 from tinydance.unet import UNet
 from tinydance.vae import VAE
-from tinydance.weights import load_into, pick, read_config, read_json, write_json
-from tinydance.weights.ldm import vae_from_ldm
+from tinydance.weights import build, pick, read_config, reading
+from tinydance.weights.files import read_json, write_json
 
 # OpenCLIP's ViT-H/14 without its last block [SD 2]; "!" (id 0) pads.
 SD2_SIZE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23}
@@ -106,20 +106,21 @@ class PixelDance:
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"{path} is no folder; give a model folder, with unet/ and vae/ in it")
-        vae, file = VAE.from_folder(path / "vae").eval(), path / "pixeldance.json"
-        if file.is_file():
-            known = read_json(file)
-        else:  # from the hub: SD 2.1 says 96, its latents' side, and so 768 pixels
-            side = read_config(path / "unet").get("sample_size", 32) * vae.stride
-            known = {"height": side, "width": side}
-        return cls(
-            unet=UNet.from_folder(path / "unet").eval(),
-            vae=vae,
-            text_tower=TextTower.from_folder(path / "text_encoder").eval(),
-            tokenizer=Tokenizer.from_folder(path / "tokenizer"),
-            schedule=read_schedule(path / "scheduler"),
-            settings=Settings(**pick(known, KEPT)),
-        )
+        with reading(path):
+            vae, file = VAE.from_folder(path / "vae").eval(), path / "pixeldance.json"
+            if file.is_file():
+                known = read_json(file)
+            else:  # from the hub: SD 2.1 says 96, its latents' side, and so 768 pixels
+                side = read_config(path / "unet").get("sample_size", 32) * vae.stride
+                known = {"height": side, "width": side}
+            return cls(
+                unet=UNet.from_folder(path / "unet").eval(),
+                vae=vae,
+                text_tower=TextTower.from_folder(path / "text_encoder").eval(),
+                tokenizer=Tokenizer.from_folder(path / "tokenizer"),
+                schedule=read_schedule(path / "scheduler"),
+                settings=build(Settings, pick(known, KEPT), file),
+            )
 
     @classmethod
     def from_ldm(cls, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> "PixelDance":
@@ -128,9 +129,8 @@ class PixelDance:
         Such a file has no tokenizer; any CLIP folder with vocab.json and merges.txt brings it.
         """
         unet, vae, tower = UNet(), VAE(), TextTower(SD2_TEXT)
-        unet.load(tensors)
-        load_into(vae, vae_from_ldm(tensors))
-        tower.load(tensors)
+        for part in (unet, vae, tower):
+            part.load(tensors)
         return cls(unet.eval(), vae.eval(), tower.eval(), tokenizer, Schedule())
 
     def save(self, path, dtype: torch.dtype | None = None, spatial: bool = False) -> None:
@@ -200,7 +200,8 @@ class Batch(NamedTuple):
 
 def read_schedule(folder) -> Schedule:
     """Read `scheduler_config.json`. Raises ValueError where it is missing or asks for more."""
-    return Schedule(**pick(read_json(Path(folder) / "scheduler_config.json"), Schedule))
+    path = Path(folder) / "scheduler_config.json"
+    return build(Schedule, read_json(path), path)
 
 
 def write_schedule(schedule: Schedule, folder) -> None:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinydance.weights import diffusers, load_into, load_weights, read_config, save_weights
+from tinydance.weights import build, diffusers, load_into, read_part, save_weights
 from tinydance.weights.diffusers import is_temporal
 from tinydance.weights.ldm import unet_from_ldm
 
@@ -473,10 +473,12 @@ class UNet(nn.Module):
     @classmethod
     def from_folder(cls, path, **changes) -> "UNet":
         """Read SD 2.1's `unet/`, ModelScope's or our own. changes: other fields of `UNetConfig`."""
-        config = UNetConfig(**diffusers.read_unet_config(read_config(path)))
-        unet = cls(replace(config, **changes))
-        unet.load(load_weights(path))
-        return unet
+
+        def make(config: dict) -> "UNet":
+            config = diffusers.read_unet_config(config)
+            return cls(replace(build(UNetConfig, config, f"{path}/config.json"), **changes))
+
+        return read_part(path, make)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take a checkpoint's tensors, by our names or LDM's. What an image model lacks is new: its

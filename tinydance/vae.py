@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinydance.weights import load_into, load_weights, pick, read_config, save_weights
+from tinydance.weights import build, load_into, read_part, save_weights
 from tinydance.weights.diffusers import write_vae_config
 from tinydance.weights.ldm import vae_from_ldm
 
@@ -242,9 +242,12 @@ class VAE(nn.Module):
     @classmethod
     def from_folder(cls, path) -> "VAE":
         """Read a `vae/` folder of SD's kind. Raises ValueError for a file that does not fit."""
-        vae = cls(VAEConfig(**pick(read_config(path), VAEConfig)))
-        load_into(vae, vae_from_ldm(load_weights(path)))
-        return vae
+        file = f"{path}/config.json"
+        return read_part(path, lambda config: cls(build(VAEConfig, config, file)))
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take tensors of the hub's files or LDM's. Raises ValueError listing what does not fit."""
+        load_into(self, vae_from_ldm(tensors))
 
     def save(self, path, dtype: torch.dtype | None = None) -> None:
         """Write the folder; dtype is that of the weights on disk."""

@@ -20,6 +20,7 @@ from tinydance.model import Batch
 from tinydance.video.read import REASONS
 
 WINDOW = 1000  # samples among which too many bad ones end a run
+WAIT = 1800  # seconds until a worker counts as dead: a batch may have many slow samples
 
 
 def batches(
@@ -53,7 +54,7 @@ def batches(
 
     dataset, pin = Batches(source), torch.cuda.is_available()
     if workers:
-        yield from load(dataset, workers, sampler=items(), timeout=300, pin_memory=pin)
+        yield from load(dataset, workers, sampler=items(), timeout=WAIT, pin_memory=pin)
     else:
         yield from map(dataset.__getitem__, items())
 
@@ -83,6 +84,8 @@ def load(dataset, workers: int, **options) -> Iterator:
         # The workers end when nothing refers to their iterator, so the traceback must not: a
         # process that ends waits for its workers, and these ignore its SIGTERM.
         clear_frames(error.__traceback__)
+        if isinstance(error, ValueError):  # whose text is its traceback in the worker
+            raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
         raise
 
 

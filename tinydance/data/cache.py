@@ -24,12 +24,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tinydance.data.batches import Quota, load
 from tinydance.data.index import Strings
 from tinydance.data.order import Files
+from tinydance.data.rows import confine
 from tinydance.vae import FRAMES_AT_A_TIME, VAE, to_pixels
-from tinydance.video.read import BadSample
-from tinydance.weights.files import read_json, write_json
+from tinydance.video.read import BadSample, decoding
+from tinydance.weights.files import clear_parts, read_json, storable, write_json
 from tinydance.weights.safetensors import load_safetensors, save_safetensors
+from tinydance.weights.untrusted import check_types, reading
 
 SHARD = 256  # rows of the data in a shard: what an interruption may cost
+MANIFEST = {"vae": str, "height": int, "width": int, "fps": float, "rows": int, "shards": int}
 # How far a rank is with its share: rows that are done, of how many, and what was wrong, by reason.
 Written = namedtuple("Written", "done total counts")
 
@@ -52,25 +55,31 @@ class Latents:
     kind = CachedVideo
 
     def __init__(self, folder: str | Path, size: tuple[int, int], fps: float):
-        self.where, self.notes = folder, []
-        self.manifest = made = read_json(Path(folder) / "manifest.json")
+        self.where, self.notes, root = folder, [], Path(folder)
+        with reading(root / "manifest.json"):
+            self.manifest = made = read_json(root / "manifest.json")
+            check_types(made, MANIFEST)
+            if missing := [key for key in MANIFEST if key not in made]:
+                raise ValueError(f"it lacks {', '.join(missing)}; make the cache anew")
         before, now = (made["height"], made["width"], made["fps"]), (*size, fps)
         if before != now:
             raise ValueError(f"{folder}: made for height, width, fps {before}; this run has {now}")
-        self.paths = paths = [shard_path(Path(folder), k) for k in range(made["shards"])]
+        self.paths = paths = [shard_path(root, k) for k in range(made["shards"])]
         if (there := sum(path.is_file() for path in paths)) < len(paths):
             raise ValueError(f"{folder}: {there} of {len(paths)} shards; repeat --stage latents")
-        videos, places = [], []
+        videos, places, shapes = [], [], set()
         for k, path in enumerate(paths):
-            tensors = load_safetensors(path)
-            videos += json.loads(tensors["clips"].numpy().tobytes())
-            frames = tensors["frames"].numpy()
+            with reading(path):
+                clips, frames, shape = read_shard(confine(root, path.name))
+            videos += clips
+            shapes |= {shape} if clips else set()
             places.append(np.stack([np.full_like(frames, k), frames.cumsum() - frames, frames]))
-        if not videos:
-            raise ValueError(f"{folder}: a cache of nothing; no video of its data could be read")
+        if len(shapes) != 1:  # one shape of latents
+            nothing = "a cache of nothing; no video of its data could be read"
+            raise ValueError(f"{folder}: {f'latents of {shapes}' if shapes else nothing}")
         self.places = np.concatenate(places, axis=1)  # shard, first frame there, frames
         self.names, self.captions = (Strings(texts) for texts in zip(*videos, strict=True))
-        self.missing_captions = sum(not caption for _, caption in videos)
+        self.missing_captions = sum(not caption for caption in self.captions)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -79,6 +88,24 @@ class Latents:
         shard, *place = self.places[:, i].tolist()
         given = self.names[i], self.captions[i], self.paths[shard], *place
         return CachedVideo(*given, self.manifest["fps"])
+
+
+def is_cache(folder: str | Path) -> bool:
+    """And not, say, a folder of videos in which another program has its manifest.json."""
+    folder = Path(folder)
+    return (folder / "manifest.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def read_shard(path: Path) -> tuple[list, np.ndarray, tuple]:
+    """Its videos (name, caption), the frames of each, the shape of latents. Raises any error."""
+    tensors = load_safetensors(path)
+    clips, frames = json.loads(tensors["clips"].numpy().tobytes()), tensors["frames"].numpy()
+    shape, texts = tensors["moments"].shape, [text for clip in clips for text in clip]
+    is_right = frames.shape == (len(clips),) and frames.dtype == np.int64
+    is_right &= all(len(clip) == 2 for clip in clips) and {*map(type, texts)} <= {str}
+    if not is_right or min([1, *frames]) < 1 or sum(map(int, frames)) != shape[0]:
+        raise ValueError("damaged: its videos and latents do not belong together; make it anew")
+    return clips, frames, shape[1:]
 
 
 def shard_path(folder: Path, k: int) -> Path:
@@ -118,7 +145,7 @@ def write_cache(
         raise ValueError(f"--data {data}: a cache holds one source of videos, with --crop centre")
     folder, rows, (height, width) = Path(folder), range(len(source)), source.size
     manifest = {"vae": fingerprint_vae(vae), "height": height, "width": width, "fps": source.fps}
-    manifest |= {"data": data, "rows": len(rows), "shards": ceil(len(rows) / SHARD)}
+    manifest |= {"data": storable(data), "rows": len(rows), "shards": ceil(len(rows) / SHARD)}
     if (folder / "manifest.json").is_file():
         made = read_json(folder / "manifest.json")
         if other := [name for name in manifest if made.get(name) != manifest[name]]:
@@ -132,37 +159,41 @@ def write_cache(
     done, quota = total - sum(map(len, missing.values())), Quota(max_bad)
     yield Written(done, total, quota.total)
     for path, chosen in missing.items():
-        moments, unread = {i: [] for i in chosen}, len(chosen)
-        for i, frames, counts in load(Pieces(source, chosen), workers):
+        clear_parts(path)
+        moments, rows_read, unread = {i: [] for i in chosen}, {}, len(chosen)
+        for i, row, frames, counts in load(Pieces(source, chosen), workers):
             if frames is not None:
+                rows_read[i] = row
                 with autocast():
                     moments[i].append(encode_moments(vae, frames))
                 continue
             quota.add(1, counts)
             unread, done = unread - 1, done + 1
             if unread == 0:
-                save_shard(path, [(source.rows[i], moments[i]) for i in chosen if moments[i]])
+                save_shard(path, [(rows_read[i], moments[i]) for i in chosen if moments[i]])
             yield Written(done, total, quota.total)
 
 
 @dataclass
 class Pieces(IterableDataset):
-    """The videos of some rows in pieces: (row, uint8 (f, 3, H, W), {}), and behind the last piece
-    (row, None, why the video, or the rest of it, cannot be read). A worker reads every n-th row."""
+    """The videos of some rows in pieces: (i, row i, uint8 (f, 3, H, W), {}), and behind the last
+    (i, None, None, why it, or the rest of it, cannot be read). A worker reads every n-th row."""
 
     source: Files
     chosen: range
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor | None, dict[str, int]]]:
+    def __iter__(self) -> Iterator[tuple]:
         worker, source = get_worker_info(), self.source
         for i in self.chosen[worker.id :: worker.num_workers] if worker else self.chosen:
             counts = {}
             try:
-                for frames in source.rows[i].pieces(source.fps, source.size):
-                    yield i, frames, counts
+                with decoding():
+                    row = source.rows[i]
+                    for frames in row.pieces(source.fps, source.size):
+                        yield i, row, frames, counts
             except BadSample as error:
                 counts = {error.reason: 1}
-            yield i, None, counts
+            yield i, None, None, counts
 
 
 @torch.no_grad()

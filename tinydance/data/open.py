@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from tinydance.config import Config
-from tinydance.data.cache import Latents, find_caches
+from tinydance.data.cache import Latents, find_caches, is_cache
 from tinydance.data.index import Folder, Shards, Table, untracked
 from tinydance.data.order import Files, Mixture, WithPictures
 from tinydance.data.rows import Picture, Video
@@ -49,7 +49,7 @@ def open_one(name: str | list[Path], kind: type, config: Config, track) -> ToyWo
         return ToyWorld(config.seed, World(config.width, config.frames))
     if isinstance(name, list):
         rows = Shards(name, kind, track)
-    elif (Path(name) / "manifest.json").is_file():
+    elif is_cache(name):
         rows, starts = Latents(name, size, config.fps), "grid"
     else:
         rows = (Table if name.lower().endswith(".csv") else Folder)(name, kind, track)

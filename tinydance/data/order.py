@@ -9,6 +9,7 @@ Not here: the toy world, a source too (`toy/source.py`); what a row is (`rows.py
 import hashlib
 from bisect import bisect
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +18,7 @@ import numpy as np
 from tinydance.data.index import Folder, Shards, Table
 from tinydance.model import Sample
 from tinydance.noise import rng
-from tinydance.video.read import CENTRE, REASONS, BadSample, pictures_in
+from tinydance.video.read import CENTRE, REASONS, BadSample, decoding, pictures_in
 
 TRIES = 20  # bad samples in a row before a source is given up
 FIRST_IMAGE = 2**40  # sample number of the first image, so that images never repeat clips
@@ -59,7 +60,9 @@ class Files:
 
     def read(self, i: int, frames: int, draw: np.random.Generator) -> Sample:
         """Row i, from a start and with a crop that are drawn. Raises BadSample."""
-        row, counts, (u_start, *u_crop) = self.rows[i], Counter(), draw.random(3)
+        counts, (u_start, *u_crop) = Counter(), draw.random(3)
+        with decoding():  # a caption, too, may be gone
+            row = self.rows[i]
 
         def choose_start(seconds: float) -> float:
             spare = pictures_in(seconds, self.fps) - frames  # the last start on the grid
@@ -71,10 +74,8 @@ class Files:
             return u_start * max(0, seconds - (frames - 1) / self.fps)
 
         at = CENTRE if self.crop == "centre" else u_crop
-        try:
+        with decoding(row.name):
             pixels = row.read(choose_start, frames, self.fps, self.size, at)
-        except BadSample as error:
-            raise BadSample(error.reason, f"{row.name}: {error.message}") from None
         caption = " ".join(row.caption.split())
         counts["no_caption"] = int(not caption)
         return Sample(pixels, caption, row.name, counts)
@@ -83,7 +84,11 @@ class Files:
         return [self]
 
     def words(self) -> set[str]:
-        return {word for row in self.rows for word in row.caption.lower().split()}
+        words = set()
+        for i in range(len(self)):
+            with suppress(BadSample), decoding():  # a bad row is a bad sample, when its turn comes
+                words |= {*self.rows[i].caption.lower().split()}
+        return words
 
     def describe(self) -> list[str]:
         rows, notes = self.rows, [f"note: {note}" for note in self.rows.notes]

@@ -17,7 +17,8 @@ from typing import BinaryIO
 from torch import Tensor
 
 from tinydance.video import read as video
-from tinydance.video.read import BadSample
+from tinydance.video.read import BadSample, decoding
+from tinydance.weights.untrusted import open_file
 
 MAX_TEXT = 2**16  # bytes of a caption that are read
 MAX_MEMBER = 2**30  # bytes of a file in a tar, which is read whole
@@ -36,16 +37,14 @@ class Row:
     end: float = inf
 
     def open(self) -> BinaryIO:
-        try:
+        with decoding():
             if self.size > MAX_MEMBER:
                 raise BadSample("too_large", f"{self.size} bytes in a tar")
-            if self.size >= 0:
-                with open(self.root, "rb") as file:
-                    file.seek(self.offset)
-                    return io.BytesIO(file.read(self.size))
-            return video.open_file(confine(self.root, self.name))
-        except OSError as error:
-            raise BadSample("missing", error.strerror) from None
+            if self.size < 0:
+                return open_file(confine(self.root, self.name))
+            with open_file(self.root) as file:
+                file.seek(self.offset)
+                return io.BytesIO(file.read(self.size))
 
     def decode(self) -> str:
         with self.open() as file:

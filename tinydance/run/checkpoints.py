@@ -3,14 +3,13 @@
     step_00001000/state.pt        weights, averages, Adam's moments, step, configuration
     step_00001000/manifest.json   the sha256 of that file, written last
 
-Machines die: a checkpoint is made under another name and then renamed. Disks lie: it counts only if
-its bytes are those that its manifest says. [ours]
+Machines die, and disks lie: a checkpoint counts only if its bytes are those that its manifest says.
+A folder without one is what a killed run left, and one by any other name is not the run's. [ours]
 Not here: random states. All randomness is a function of (seed, step, sample).
 """
 
 import hashlib
-import json
-import os
+import re
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,30 +18,30 @@ import torch
 
 from tinydance.config import Config
 from tinydance.training import Trainee
-from tinydance.weights.files import whole_file, write_json
+from tinydance.weights.files import read_json, whole_file, write_json
 
 
 def save_checkpoint(folder: Path, step: int, state: dict) -> None:
-    """Write folder/step_N, and delete all others but the newest. OSError: the disk is full, say."""
-    final, unfinished = folder / f"step_{step:08d}", folder / f"unfinished_{step:08d}"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    """Write folder/step_N; of those before it the last stays. OSError: the disk is full, say."""
+    path = folder / f"step_{step:08d}"
+    shutil.rmtree(path, ignore_errors=True)  # a damaged one: `resume` went back behind it
     try:
-        with whole_file(unfinished / "state.pt") as file:
+        with whole_file(path / "state.pt") as file:
             torch.save(state, file)
-        write_json(unfinished / "manifest.json", {"state.pt": sha256(unfinished / "state.pt")})
+        write_json(path / "manifest.json", {"state.pt": sha256(path / "state.pt")})
     except (OSError, RuntimeError) as error:  # torch.save may wrap an OSError in a RuntimeError
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{final}: cannot be written: {cause}; older checkpoints stay") from error
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one: `resume` went back behind it
-    os.replace(unfinished, final)  # from here on it counts
-    for old in [path for path in checkpoints(folder) if path != final][:-1]:
-        shutil.rmtree(old)
+        raise OSError(f"{path}: cannot be written: {cause}; older checkpoints stay") from error
+    found = checkpoints(folder)
+    for old in found[: max(0, found.index(path) - 1)]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All there are, the oldest first, whole or not."""
-    return sorted(Path(folder).glob("step_*"))
+    """All by the names that a run gives, the oldest first, whole or not."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -55,11 +54,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Does the manifest exist, and does every file have the sha256 that the manifest says?"""
+    """Does the manifest exist, and does the state have the sha256 that the manifest says?"""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        return all(sha256(path / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError, AttributeError):
+        return read_json(path / "manifest.json")["state.pt"] == sha256(path / "state.pt")
+    except (OSError, ValueError, KeyError):
         return False
 
 
@@ -71,7 +69,11 @@ def sha256(path: Path) -> str:
 def resume(folder: Path, config: Config, trainee: Trainee) -> int:
     """Load the newest whole checkpoint into the trainee; -> its step, or 0 where there is none.
     Raises ValueError naming the fields in which its configuration differs."""
-    if (path := newest_checkpoint(folder)) is None:
+    newest = newest_checkpoint(folder)
+    for path in checkpoints(folder):
+        if not all((path / name).exists() for name in ("state.pt", "manifest.json")):
+            shutil.rmtree(path, ignore_errors=True)  # what a kill left
+    if (path := newest) is None:
         return 0
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     if changes := compare_configs(state["config"], config):

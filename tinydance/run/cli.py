@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a command's main(). An error that the user can mend is one line and exit code 2."""
+    sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     try:
         main()
     except (ValueError, OSError) as error:

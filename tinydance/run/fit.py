@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,20 +23,24 @@ from tinydance.data.order import COUNTED, format_counts
 from tinydance.run.checkpoints import resume, save_checkpoint
 from tinydance.run.cli import Progress
 from tinydance.training import Machine, Stage, Step, Trainee, training_steps
+from tinydance.weights.files import whole_file
 
 
-def fit(stage: Stage, config: Config, machine: Machine) -> nn.Module:
+def fit(stage: Stage, config: Config, machine: Machine, signals=()) -> nn.Module:
     """Train a stage to its end, from the newest checkpoint if there is one; -> the EMA weights.
-    Raises InterruptedError after a signal, saved; ValueError after `max_skips` steps in a row
-    without finite gradients, or for too many bad samples; OSError where the disk is full."""
+    Raises InterruptedError where `signals` has one, saved; ValueError after `max_skips` steps in a
+    row without finite gradients, or for too many bad samples; OSError where the disk is full."""
     folder, is_first = Path(config.out) / stage.name, machine.rank == 0
     trainee, saved = Trainee(stage, config, machine), folder / "checkpoints"
     start, skipped, quota = resume(saved, config, trainee), 0, Quota(config.max_bad)
+    for left in folder.rglob("*.[0-9]*.part") if is_first else ():
+        left.unlink()  # a killed run left it
     if start >= stage.steps:
         return trainee.ema
     log = Log(stage, folder, start) if is_first else None
-    with note_signals() as signals:
-        for step in training_steps(stage, config, machine, trainee, start):
+    # An error here ends the steps too: as long as they wait, data workers would keep the process.
+    with closing(training_steps(stage, config, machine, trainee, start)) as steps:
+        for step in steps:
             step, stopping, counts = average(step, bool(signals), machine)
             if log:
                 log.write(step, counts)
@@ -84,12 +88,13 @@ class Log:
     """log.jsonl in `folder`, and the progress. Rank 0 has one."""
 
     def __init__(self, stage: Stage, folder: Path, start: int):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         # Steps after the checkpoint will be taken, and logged, again.
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
-        self.path.write_text("".join(kept))
+        with whole_file(self.path) as file:
+            for line in lines:
+                with suppress(ValueError, TypeError, KeyError):  # a crash has cut it
+                    file.write(line + b"\n" if json.loads(line)["step"] <= start else b"")
         self.begun, self.waited = time.time(), 0.0
         self.bar = Progress(stage.name, stage.steps, "step", start, leave=True, file=sys.stdout)
         self.smooth: dict[str, float] = {}  # the numbers, averaged over some 50 steps
@@ -98,8 +103,10 @@ class Log:
     def write(self, step: Step, counts: dict[str, int]) -> None:
         seconds, is_skipped = time.time() - self.begun, not math.isfinite(step.grad_norm)
         kind = "image" if step.batch.frames.shape[1] == 1 else "clip"
-        line = {"step": step.done, **step.numbers, "grad_norm": step.grad_norm, "lr": step.lr}
-        line |= {"kind": kind, "seconds": seconds, "waited": step.waited, "skipped": is_skipped}
+        numbers = step.numbers | {"grad_norm": step.grad_norm}  # JSON has no NaN
+        numbers = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        line = {"step": step.done, **numbers, "lr": step.lr, "kind": kind, "seconds": seconds}
+        line |= {"waited": step.waited, "skipped": is_skipped}
         line |= {"counts": counts} if counts else {}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -116,8 +123,8 @@ class Log:
 def save_picture(picture, path: Path) -> None:
     """A picture that cannot be written is no reason to end a run."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with whole_file(path) as file:
+            picture.save(file, "PNG")
     except OSError as error:
         print(f"note: {path} could not be written: {error}", flush=True)
 

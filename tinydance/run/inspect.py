@@ -18,7 +18,7 @@ from tinydance.noise import rng
 from tinydance.run.cli import progress
 from tinydance.training import Machine
 from tinydance.vae import holds_moments
-from tinydance.video.read import BadSample
+from tinydance.video.read import BadSample, printable
 from tinydance.video.strips import film_strip
 
 ROWS = 200  # of each source that are read
@@ -34,7 +34,7 @@ def inspect(config: Config, machine: Machine, source: Source) -> None:
             read_rows(leaf)
     clips = [source.sample(n) for n in progress(range(SHOWN), "reading", "clip")]
     lines = (f"  {clip.name}: {clip.caption[:100] or '(no caption)'}" for clip in clips)
-    print("the first clips:", *lines, sep="\n", flush=True)
+    print("the first clips:", *map(printable, lines), sep="\n", flush=True)
     if holds_moments(clips[0].frames):
         return
     every = max(1, source.frames // 4)

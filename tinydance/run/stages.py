@@ -9,6 +9,7 @@ Not here: the loop (`fit.py`), the losses (`training.py`, `toy/losses.py`).
 import copy
 import os
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from tinydance.unet import UNet, is_temporal
 from tinydance.vae import VAE, to_frames, to_pixels
 from tinydance.video.strips import film_strip, psnr, show_clips, show_images
 from tinydance.weights import pick
+from tinydance.weights.files import hold
 
 HELD_OUT = 1_000_003  # added to the seed of the clips that are shown and never trained on
 TRAINED_BY = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}
@@ -48,10 +50,13 @@ def train(config: Config, stage: str = "all") -> None:
     tell(machine, "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows))
     source = open_source(config, partial(progress, shown=machine.rank == 0))
     tell(machine, "\n".join(describe_source(source)))
-    if stage in OTHERS:
+    if stage in ("benchmark", "inspect"):
         OTHERS[stage](config, machine, source)
     else:
-        run_stages(config, machine, source, STAGES if stage == "all" else [stage])
+        alone = hold(config.out) if machine.rank == 0 else nullcontext()
+        with alone, note_signals() as signals:
+            work = write_latents if stage == "latents" else run_stages
+            work(config, machine, source, STAGES if stage == "all" else [stage], signals)
     machine.close()
 
 
@@ -74,7 +79,7 @@ def make_machine(config: Config) -> Machine:
     return machine
 
 
-def run_stages(config: Config, machine: Machine, source: Source, names) -> None:
+def run_stages(config: Config, machine: Machine, source: Source, names, signals) -> None:
     held_out = replace(source, seed=config.seed + HELD_OUT)
     for name in names:
         if len(names) > 1 and getattr(config, f"{name}_steps") == 0:
@@ -86,14 +91,15 @@ def run_stages(config: Config, machine: Machine, source: Source, names) -> None:
             set_aside(Path(config.out) / name)  # before the stage looks for what it starts from
         machine.wait()
         try:
-            fit(STAGES[name](config, machine, source, held_out), config, machine)
+            fit(STAGES[name](config, machine, source, held_out), config, machine, signals)
+            if any(machine.mean(len(signals))):  # one came while the last step was saved
+                raise InterruptedError(f"stopped after stage {name}")
         except InterruptedError as message:
             tell(machine, f"{message}: the same command goes on from there")
             break
         except torch.OutOfMemoryError:
             cures = "--micro_batch 1, --gradient_checkpointing true, or on more ranks --zero true"
             raise ValueError(f"too little memory for stage {name}: try {cures}") from None
-        machine.wait()
 
 
 def share(config: Config, machine: Machine, source: Source, **options) -> Callable:
@@ -157,7 +163,7 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
     torch.manual_seed(config.seed)
     is_image, folder = name == "image", Path(config.out) / name / "model"
     is_new = is_image and config.unet != "init"
-    unet = UNet(NETWORKS[config.unet]["unet"]) if is_new else load_unet(config, machine)
+    unet = UNet(NETWORKS[config.unet]["unet"]) if is_new else load_unet(name, config, machine)
     unet.set_gradient_checkpointing(config.gradient_checkpointing)
     if config.train == "temporal":  # what the paper adds to an image model [Make-Your-Video]
         for key, parameter in unet.named_parameters():
@@ -169,7 +175,7 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
     settings = Settings(**pick(vars(config), Settings))
     settings = replace(settings, frames=1 if is_image else config.frames)
     model = PixelDance(unet, vae, tower, tokenizer, schedule, settings).to(machine.device)
-    model.latent_size(config.height, config.width)  # raises before anything is trained
+    settings.check(model)  # raises before anything is trained
     tell(machine, f"stage {name}: {describe_memory(model)}")
 
     def is_image_step(step: int) -> bool:
@@ -197,11 +203,11 @@ STAGES |= {name: partial(unet_stage, name) for name in ("image", "video")}
 
 
 # ------------------------------------------------------------------------- what a stage starts from
-def find_part(part: str, config: Config) -> Path:
-    """The folder of a part. Raises ValueError that says how to get one."""
+def find_part(part: str, config: Config, asking: str = "") -> Path:
+    """The folder of a part for a stage, but not its own. ValueError says how to get one."""
     stage, out = TRAINED_BY[part], Path(config.out)
     folder, is_shipped = out / stage / "model" / part, config.init == "shipped"
-    if folder.exists():
+    if folder.exists() and stage != asking:
         return folder
     if is_shipped and (out / "vae" / "model").exists():
         own = f"{out} has a VAE of its own, whose latents the shipped image model does not know"
@@ -219,9 +225,9 @@ def load_frozen(kind: type[nn.Module], part: str, config: Config) -> nn.Module:
     return kind.from_folder(find_part(part, config)).requires_grad_(False).eval()
 
 
-def load_unet(config: Config, machine: Machine) -> UNet:
+def load_unet(name: str, config: Config, machine: Machine) -> UNet:
     """The UNet to start from; a line is printed where it was trained to predict something else."""
-    folder, now = find_part("unet", config), config.prediction_type
+    folder, now = find_part("unet", config, name), config.prediction_type
     scheduler = folder.parent / "scheduler"
     before = read_schedule(scheduler).prediction_type if scheduler.exists() else now
     if before != now:
@@ -230,14 +236,14 @@ def load_unet(config: Config, machine: Machine) -> UNet:
 
 
 # ------------------------------------------------------------------------------- beside the stages
-def write_latents(config: Config, machine: Machine, source: Source) -> None:
+def write_latents(config: Config, machine: Machine, source: Source, names, signals) -> None:
     """Write the data's latents to --out, by the VAE of --init; see `data/cache.py`."""
     vae = load_frozen(VAE, "vae", config).to(machine.device)
     options = machine.rank, machine.world_size, config.workers, config.max_bad, machine.autocast
     writing = write_cache(source, vae, config.out, config.data, *options)
     now = next(writing)
     bar = Progress("latents", now.total, "video", now.done, leave=True, shown=machine.rank == 0)
-    with note_signals() as signals, bar:
+    with closing(writing), bar:
         for now in writing:
             bar.update(now.done - bar.n, bad=format_counts(now.counts) or "none")
             if signals:

@@ -8,9 +8,9 @@ Not here: how a clip is made (`sampling.py`), how a video is encoded (`write.py`
 
 import hashlib
 import itertools
-import shutil
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -24,11 +24,20 @@ from tinydance.sampling import chain, encode_picture, sample_latents
 from tinydance.vae import to_frames, to_pixels
 from tinydance.video.read import read_image
 from tinydance.video.write import check_output, save_video
-from tinydance.weights.files import pick, read_json, whole_file, write_json
+from tinydance.weights.files import (
+    clear_parts,
+    hold,
+    pick,
+    read_json,
+    storable,
+    whole_file,
+    write_json,
+)
+from tinydance.weights.untrusted import check_types, read_text, reading
 
 # A story's keys and their types; first and last are paths of pictures, from the story's folder.
-SETTINGS = {"seed": "int", "tau": "int or float or str", "guidance": "int or float"}
-SHOT = SETTINGS | {"prompt": "str", "clips": "int", "cut": "bool", "first": "str", "last": "str"}
+SETTINGS = {"seed": int, "tau": int | float | str, "guidance": float}
+SHOT = SETTINGS | {"prompt": str, "clips": int, "cut": bool, "first": str, "last": str}
 
 
 @dataclass(frozen=True)
@@ -54,14 +63,14 @@ class Shot:
 
 def read_story(path: str | Path, model: PixelDance, settings: Settings | None = None) -> list[Shot]:
     """The shots of a story. settings: what it leaves open. ValueError names the key at fault."""
-    path, shots, where = Path(path), [], path
-    try:
-        story = tomllib.loads(path.read_text("utf-8"))
-        check_keys(story, SETTINGS | {"style": "str", "shot": "list"})
+    path, shots = Path(path), []
+    with reading(path):
+        story = tomllib.loads(read_text(path))
+        check_keys(story, SETTINGS | {"style": str, "shot": list})
         settings = replace(settings or model.settings, **pick(story, [*SETTINGS]))
         size = settings.height, settings.width
-        for i, table in enumerate(story.get("shot") or [None]):
-            where = f"{path}, shot {i + 1}"
+    for i, table in enumerate(story.get("shot") or [None]):
+        with reading(f"{path}, shot {i + 1}"):
             check_keys(table, SHOT)
             prompt = f"{table.get('prompt', '')} {story.get('style', '')}".strip()
             files = pick(table, ["first", "last"])
@@ -70,19 +79,16 @@ def read_story(path: str | Path, model: PixelDance, settings: Settings | None = 
             own = {"seed": settings.seed + i} | pick(table, [*SETTINGS])
             shot = Shot(prompt, pictures, table.get("clips", 1), cut, replace(settings, **own))
             shots.append(shot.check(model))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
     return shots
 
 
-def check_keys(table: dict, known: dict[str, str]) -> None:
+def check_keys(table: dict, known: dict) -> None:
     if not isinstance(table, dict):
-        raise ValueError(f"{table!r} is no shot; begin each with a line [[shot]]")
-    for key, value in table.items():
+        raise ValueError(f"{table!r:.100} is no shot; begin each with a line [[shot]]")
+    for key in table:
         if key not in known:
-            raise ValueError(f"unknown key {key!r}{did_you_mean(key, known)}")
-        if type(value).__name__ not in known[key].split(" or "):
-            raise ValueError(f"{key} is {value!r}; it must be {known[key]}")
+            raise ValueError(f"unknown key {key!r:.100}{did_you_mean(key, known)}")
+    check_types(table, known)
 
 
 def film(model: PixelDance, shots: list[Shot], number=0, make=sample_latents) -> Iterator[tuple]:
@@ -127,43 +133,64 @@ def name_parts(out: str | Path) -> Path:
     return Path(f"{Path(out)}.parts")
 
 
-def count_clips(out: str | Path, metadata: dict) -> int:
-    """How many clips of this film are finished, also where it was asked for in other words."""
-    file, any_words = name_parts(out) / "film.json", {"command": ""}
-    is_same = file.exists() and read_json(file) | any_words == metadata | any_words
-    return len(list(file.parent.glob("*.npy"))) if is_same else 0
+def is_begun(out: str | Path) -> bool:
+    """Is the film not finished yet? film.json comes before its clips, and goes before them."""
+    return (name_parts(out) / "film.json").exists()
 
 
 def check_film(out: str | Path, metadata: dict, overwrite: bool, resume: bool) -> int:
-    """`count_clips`, for `save_film` to go on from. Raises what stands in its way: ValueError for
-    a name that cannot be written or has clips beside it, FileExistsError for one that is taken."""
-    parts, kept = name_parts(out), count_clips(out, metadata)
-    if parts.exists() and not (overwrite or (resume and kept)):
+    """How many clips of this film are there, also where it was asked for in other words. Raises
+    what stands in its way: ValueError for a name that cannot be written or has clips of another,
+    FileExistsError for one that is taken."""
+    parts, any_words = name_parts(out), {"command": ""}
+    begun = read_json(parts / "film.json") if is_begun(out) else {}
+    is_same = begun | any_words == storable(metadata) | any_words
+    clips, may_replace = begun and list(parts.glob("*.npy")), overwrite or (resume and is_same)
+    if clips and not may_replace:
         advice = "the same command and --resume go on with its own film, --overwrite begins anew"
         raise ValueError(f"{parts} holds clips of {'another' if resume else 'a'} film; {advice}")
-    check_output(out, overwrite or kept > 0)  # a film that was killed at its end has left it
-    return kept
+    check_output(out, may_replace)  # a film that was killed at its end has left it
+    return len(clips) if is_same else 0
 
 
-def save_film(model: PixelDance, shots: list[Shot], out, metadata: dict, make=sample_latents):
-    """Write the film to `out`, in place of what is there: ask `check_film` before. Until all of it
-    is written, OUT.parts keeps the latents of finished clips; from them another call makes the same
-    film bit for bit. metadata: `describe_film`'s and what else the video shall keep."""
-    parts, count = name_parts(out), itertools.count()
-    if not count_clips(out, metadata):
-        shutil.rmtree(parts, ignore_errors=True)
+@contextmanager
+def claim(out: str | Path) -> Iterator[Path]:
+    """Keep a film's name for this process. In the end only clips to go on from are left there."""
+    with hold(parts := name_parts(out)):
+        clear_parts(out)
+        try:
+            yield parts
+        finally:
+            if not (is_begun(out) and list(parts.glob("*.npy"))):
+                clear(parts)
 
-    def read_or_make(model: PixelDance, *arguments) -> Tensor:
-        path = parts / f"{next(count):04d}.npy"
-        if not path.exists():
-            z_0 = make(model, *arguments).cpu().numpy()
-            write_json(parts / "film.json", metadata)
-            with whole_file(path) as file:
-                np.save(file, z_0)
-        return torch.from_numpy(np.load(path)).to(model.device)
 
-    clips = film(model, shots, metadata["number"], read_or_make)
-    frames = (to_frames(model.vae.decode_video(z_0))[0].cpu() for _, z_0 in clips)
-    beside = shots[0].prompt, shots[0].pictures.get("first"), shots[-1].pictures.get("last")
-    save_video(frames, out, model.settings.fps, True, *beside, metadata)
-    shutil.rmtree(parts, ignore_errors=True)
+def clear(parts: Path) -> None:
+    for path in [*parts.glob("film.json*"), *parts.glob("[0-9]*.npy*")]:
+        path.unlink()
+
+
+def save_film(
+    model, shots, out, metadata: dict, make=sample_latents, overwrite=False, resume=False
+) -> None:
+    """Write the film to `out`. Until all of it is written, OUT.parts keeps the latents of finished
+    clips; from them another call makes the same film bit for bit. metadata: `describe_film`'s and
+    what else the video shall keep. Raises like `check_film`, and BlockingIOError like `hold`."""
+    count = itertools.count()
+    with claim(out) as parts:
+        if not check_film(out, metadata, overwrite, resume):
+            clear(parts)
+        write_json(parts / "film.json", storable(metadata))
+
+        def read_or_make(model: PixelDance, *arguments) -> Tensor:
+            path = parts / f"{next(count):04d}.npy"
+            if not path.exists():
+                with whole_file(path) as file:
+                    np.save(file, make(model, *arguments).cpu().numpy())
+            return torch.from_numpy(np.load(path)).to(model.device)
+
+        clips = film(model, shots, metadata["number"], read_or_make)
+        frames = (to_frames(model.vae.decode_video(z_0))[0].cpu() for _, z_0 in clips)
+        beside = shots[0].prompt, shots[0].pictures.get("first"), shots[-1].pictures.get("last")
+        save_video(frames, out, model.settings.fps, True, *beside, metadata)
+        (parts / "film.json").unlink()

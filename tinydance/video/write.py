@@ -6,8 +6,10 @@ inside, as JSON; a folder has it in NAME.json beside. A film needs no more memor
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from fractions import Fraction
+from glob import escape
 from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +19,10 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from torch import is_tensor
 
-from tinydance.video.read import open_picture, open_video
+from tinydance.video.read import bound, open_picture, open_video, printable
 from tinydance.video.strips import film_strip, scaled_pictures
-from tinydance.weights.files import read_json, whole_file, write_json
+from tinydance.weights.files import read_json, storable, whole_file, write_json
+from tinydance.weights.untrusted import parse_json, reading
 
 SUFFIXES = (".mp4", ".gif", ".apng", ".png")
 
@@ -56,6 +59,7 @@ def save_video(
     clips = [frames] if is_tensor(frames) else frames
     scale = None if suffix in (".mp4", ".gif") else 1
     pictures = chain.from_iterable(map(scaled_pictures, clips, repeat(scale)))  # holds one clip
+    caption, metadata = storable([caption, metadata])
     comment = json.dumps(metadata, ensure_ascii=False) if metadata else ""
     if suffix == "/":
         write_folder(pictures, path)
@@ -102,7 +106,9 @@ def write_mp4(pictures: Iterator[Image.Image], path: str, rate: Fraction, commen
 def write_folder(pictures: Iterator[Image.Image], path: Path) -> None:
     """000000.png, 000001.png, ... instead of those that are there; other files stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as part:
+    for left in path.parent.glob(f".{escape(path.name)}.*.part"):  # by killed writers
+        shutil.rmtree(left)
+    with TemporaryDirectory(".part", f".{path.name}.", path.parent) as part:
         for k, picture in enumerate(pictures):
             picture.save(f"{part}/{k:06d}.png")
         path.mkdir(exist_ok=True)
@@ -117,13 +123,14 @@ def read_metadata(path: str | Path) -> dict:
     path, beside = Path(path), Path(f"{Path(path)}.json")
     if path.is_dir():
         return read_json(beside) if beside.exists() else {}
-    try:
+    with reading(path):
         if path.suffix.lower() == ".mp4":
             with open_video(path) as (container, _):
-                comment = container.metadata.get("comment")
+                comment = container.metadata.get("comment", "")
         else:
-            with open(path, "rb") as file, open_picture(file) as picture:
-                comment = picture.info.get("comment")
-        return json.loads(comment) if comment else {}
-    except ValueError as error:  # a BadSample, or a comment that is no JSON
-        raise ValueError(f"{path}: cannot read how it was made: {error}") from None
+            with bound(path) as file, open_picture(file) as picture:
+                comment = picture.info.get("comment", "")
+        comment = comment.decode() if isinstance(comment, bytes) else comment
+        if comment and not comment.startswith("{"):
+            raise ValueError(f"made by another program, which says {printable(comment)[:100]!r}")
+        return parse_json(comment) if comment else {}

@@ -4,8 +4,9 @@ Read `load.py` first: from a path to tensors, and from tensors into a module. Wh
 call things is in `diffusers.py`, `ldm.py` and `tokenizer.py`.
 """
 
-from tinydance.weights.files import pick, read_config, read_json, write_json
-from tinydance.weights.load import load_into, load_weights, save_weights
+from tinydance.weights.files import build, pick, read_config
+from tinydance.weights.load import load_into, load_weights, read_part, save_weights
+from tinydance.weights.untrusted import reading
 
-__all__ = ["load_into", "load_weights", "save_weights", "pick", "read_config"]
-__all__ += ["read_json", "write_json"]
+__all__ = ["build", "load_into", "load_weights", "pick", "read_config", "read_part", "reading"]
+__all__ += ["save_weights"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tinydance.weights.files import whole_file
+from tinydance.weights.untrusted import MAX_TEXT, open_file, parse_json, reading
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
@@ -43,40 +44,27 @@ def save_safetensors(tensors: dict[str, Tensor], path: str | Path) -> None:
 def load_safetensors(path: str | Path) -> dict[str, Tensor]:
     """Map a file into memory as {name: tensor}; the disk is read when a tensor is used. Raises
     ValueError, with the path and the reason, where the file is missing, damaged or hostile."""
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(100_000_000, size - 8):  # as the safetensors library
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length).decode(), object_pairs_hook=refuse_twins)
-        layout = check_layout(header, size - 8 - length)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot read as .safetensors: {error}") from error
-    raw = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    with reading(path), open_file(path) as file:
+        size, length = os.path.getsize(path), int.from_bytes(file.read(8), "little")
+        if length > min(MAX_TEXT, size - 8):
+            raise ValueError(f"damaged: a header of {length} bytes in a file of {size}")
+        layout = check_layout(parse_json(file.read(length).decode()), size - 8 - length)
+        raw = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
     tensors = {}
     for begin, end, name, dtype, shape in layout:
-        data = raw[begin:end]
+        data = raw[8 + length + begin : 8 + length + end]
         if data.storage_offset() % dtype.itemsize:
             data = data.clone()  # a view needs an aligned start, which the format does not promise
         tensors[name] = data.view(dtype).reshape(shape)
     return tensors
 
 
-def refuse_twins(pairs: list[tuple]) -> dict:
-    """Return a JSON object as a dict. Raises ValueError for a key twice: readers take either."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("the header has a key twice")
-    return dict(pairs)
-
-
 def check_layout(header: dict, data_size: int) -> list[tuple]:
     """Return [(begin, end, name, dtype, shape)] in the data's order. Raises ValueError unless the
     tensors tile the `data_size` bytes exactly: no gap, no overlap."""
-    if not isinstance(header, dict):
-        raise ValueError("the header is not a JSON object")
-    layout = []
-    header.pop("__metadata__", None)
+    layout, notes = [], header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or any(type(note) is not str for note in notes.values()):
+        raise ValueError(f"__metadata__ is {notes!r:.100}; it must be texts by name")
     for name, entry in header.items():
         try:
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]

@@ -5,6 +5,7 @@ that newer libraries write in place of these; how a text becomes ids (`clip.py`)
 from pathlib import Path
 
 from tinydance.weights.files import read_json, whole_file, write_json
+from tinydance.weights.untrusted import check_types, read_text, reading
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77  # tokens per text, start and end included [CLIP]
@@ -16,20 +17,21 @@ def read_tokenizer(folder) -> dict:
     0, which the tower never met there in training; here id 0 only pads."""
     folder = Path(folder)
     vocab = read_json(folder / "vocab.json")
-    try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    with reading(folder / "vocab.json"):
+        check_types(vocab, dict.fromkeys(vocab, int))
+    with reading(folder / "merges.txt"):
+        lines = read_text(folder / "merges.txt").split("\n")
         lines = [line for line in lines[lines[0].startswith("#version") :] if line.strip()]
         merges = [(left, right) for left, right in map(str.split, lines)]
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a line is not two symbols
-        raise ValueError(f"{folder / 'merges.txt'}: cannot read: {error}") from error
     pad, length = END, LENGTH
     files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
     for known in map(read_json, filter(Path.is_file, files)):  # the second one wins
         pad = known.get("pad_token") or pad
         length = min(known.get("model_max_length", length), LENGTH)
     pad = pad["content"] if isinstance(pad, dict) else pad
-    if pad not in vocab:
-        raise ValueError(f"{folder}: the pad token {pad!r} is not in vocab.json")
+    if pad not in vocab or length < 3:
+        needs = "the vocabulary needs the pad token, and model_max_length 3"
+        raise ValueError(f"{folder}: {pad!r:.100}, {length!r:.20}: {needs}")
     return {"vocab": vocab, "merges": merges, "pad_id": vocab[pad], "length": length}
 
 
