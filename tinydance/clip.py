@@ -1,4 +1,4 @@
-"""CLIP's two text parts: the byte-pair tokenizer, and the text tower that turns ids into c_text.
+"""CLIP: the byte-pair tokenizer, the text tower that turns ids into c_text, and the image tower.
 
 The text instruction reaches PixelDance through a pretrained CLIP text encoder that stays frozen
 [paper §3.1]. With Stable Diffusion 2.x and ModelScope that is OpenCLIP's ViT-H without its last
@@ -6,7 +6,7 @@ block, with 1.x OpenAI's ViT-L: the same code, told apart by config.json.
 
     list of str -> Tokenizer -> ids (n, 77) -> TextTower -> c_text (n, 77, d)
 
-Not here: the image tower, which PixelDance does not use; how a small tower is trained.
+The image tower serves measures (`metrics/`). Not here: how a small text tower is trained.
 """
 
 import re
@@ -188,11 +188,11 @@ class TextConfig:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and the tokens before it."""
+    """Multi-head self-attention; is_causal: a token sees itself and the tokens before it."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, is_causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.is_causal = heads, is_causal
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
@@ -201,8 +201,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        # Causal, as CLIP was trained: a token's vector never depends on the padding behind it.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # n heads l d -> n l (heads d)
 
 
@@ -216,14 +215,14 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-class TextBlock(nn.Module):
-    """Causal attention, then two linear layers, each after a norm and added to its input [CLIP]."""
+class Block(nn.Module):
+    """Attention, then two linear layers, each after a norm and added to its input [CLIP]."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: "TextConfig | ImageConfig", is_causal: bool):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = nn.LayerNorm(width, eps)
-        self.self_attn = SelfAttention(width, config.num_attention_heads)
+        self.self_attn = SelfAttention(width, config.num_attention_heads, is_causal)
         self.layer_norm2 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
@@ -243,7 +242,8 @@ class TextTower(nn.Module):
             "token_embedding": nn.Embedding(config.vocab_size, width),
             "position_embedding": nn.Embedding(config.max_position_embeddings, width),
         }
-        blocks = nn.ModuleList(TextBlock(config) for _ in range(config.num_hidden_layers))
+        # Causal, as CLIP was trained: a token's vector never depends on the padding behind it.
+        blocks = nn.ModuleList(Block(config, True) for _ in range(config.num_hidden_layers))
         parts = {
             "embeddings": nn.ModuleDict(embeddings),
             "encoder": nn.ModuleDict({"layers": blocks}),
@@ -285,3 +285,55 @@ class TextTower(nn.Module):
         such as torch.float16, is that on the disk alone."""
         config = write_text_config(asdict(self.config))
         save_weights(path, config, self.state_dict(), dtype, name="model")
+
+
+# --------------------------------------------------------------------------------- the image tower
+@dataclass(frozen=True)
+class ImageConfig:
+    """The tower's shape, in the words of transformers' CLIPVisionConfig, with its defaults."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+class ImageTower(nn.Module):
+    """CLIP's image transformer: a token for each patch, behind one for the whole picture [CLIP]."""
+
+    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, config: ImageConfig = ImageConfig()):
+        super().__init__()
+        self.config, width, patch = config, config.hidden_size, config.patch_size
+        embeddings = nn.Module()
+        embeddings.class_embedding = nn.Parameter(torch.zeros(width))
+        embeddings.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        embeddings.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
+        blocks = nn.ModuleList(Block(config, False) for _ in range(config.num_hidden_layers))
+        norms = (nn.LayerNorm(width, config.layer_norm_eps) for _ in range(2))
+        parts = {"embeddings": embeddings, "encoder": nn.ModuleDict({"layers": blocks})}
+        parts |= zip(("pre_layrnorm", "post_layernorm"), norms)  # misspelt in every published file
+        self.vision_model = nn.ModuleDict(parts)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (n, 3, H, W) in [-1, 1], resized to the tower's size -> tokens (n, 1 + p, d)."""
+        size, model = 2 * (self.config.image_size,), self.vision_model
+        x = F.interpolate((pixels + 1) / 2, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        x = (x - x.new_tensor(self.MEAN)[:, None, None]) / x.new_tensor(self.STD)[:, None, None]
+        parts = model["embeddings"]
+        patches = parts.patch_embedding(x).flatten(2).transpose(1, 2)  # n p d
+        x = torch.cat([parts.class_embedding.expand(len(x), 1, -1), patches], 1)
+        x = x + parts.position_embedding.weight
+        x = model["pre_layrnorm"](x)
+        for block in model["encoder"]["layers"]:
+            x = block(x)
+        return x
+
+    def summarise(self, tokens: Tensor) -> Tensor:
+        """Tokens (n, 1 + p, d) -> a vector for each picture (n, d)."""
+        return self.vision_model["post_layernorm"](tokens[:, 0])
