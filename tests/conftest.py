@@ -12,31 +12,34 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # tests import `reference`, and the two scripts
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "beside(work): what the test's fixture `beside` computes")
+
+
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: "running" in item.fixturenames)  # to the end, in their order
+    items.sort(key=lambda item: "beside" in item.fixturenames)  # to the end, in their order
 
 
 @pytest.fixture(scope="session", autouse=True)
-def early(request):
-    """What `running` gives takes a while: it begins before the first test."""
-    if any("running" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("running")
-
-
-@pytest.fixture(scope="session")
-def running(request):
-    """The notebooks, run one after another beside the tests, in a process that none disturbs."""
-    items = [item for item in request.session.items if "running" in item.fixturenames]
-    names = [item.callspec.params["name"] for item in items]
+def working(request):
+    """What takes minutes is begun before the first test, one after another, in a process that no
+    test disturbs, on the second core; the tests that look at it come last."""
+    items = [item for item in request.session.items if "beside" in item.fixturenames]
+    if not items:
+        yield {}
+        return
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        yield {name: pool.submit(run_notebook, name) for name in names}
+        futures = {}
+        for item in items:
+            given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            futures[item.name] = pool.submit(
+                item.get_closest_marker("beside").kwargs["work"], *given
+            )
+        yield futures
         pool.shutdown(cancel_futures=True)
 
 
-def run_notebook(name: str):
-    from test_notebooks import COURSE, run
-
-    path = COURSE / f"{name}.ipynb"
-    notebook = run.with_solutions(run.read(path), run.solutions(path), stubs=True)
-    run.execute(notebook, fast=True)
-    return notebook
+@pytest.fixture
+def beside(request, working):
+    """What the function in the test's mark returns, for the test's parameters."""
+    return working[request.node.name].result()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -680,8 +681,9 @@ def test_the_learning_rate_warms_up_and_may_fall_to_zero():
 
 
 # --------------------------------------------------------------------------------- it really learns
-def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_caption(tmp_path):
-    """25 dB or better against the VAE's own round trip, with the shipped VAE and text tower."""
+def learn_one_clip() -> tuple[float, float]:
+    """How near a small network comes to one clip from its first frame and caption, in dB against
+    the VAE's own round trip, with the shipped VAE and text tower; and the first frame alone."""
     shipped = PixelDance.from_folder(SHIPPED)
     frames, caption = ToyWorld(5, World(32, 8)).sample(0)[:2]
     torch.manual_seed(0)
@@ -697,7 +699,7 @@ def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_capt
     model = dataclasses.replace(shipped, unet=UNet(shape))
     for part in (shipped.vae, shipped.text_tower):
         part.requires_grad_(False)
-    fields = {"out": str(tmp_path), "height": 32, "width": 32, "frames": 8, "image_every": 0}
+    fields = {"height": 32, "width": 32, "frames": 8, "image_every": 0}
     fields |= {"warmup": 10, "decay": True, "ema": 0.98, "save_every": 1000}
 
     def stream(first, last):
@@ -705,16 +707,22 @@ def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_capt
             pair = frames[None].repeat(2, 1, 1, 1, 1)
             yield make_batch(pair, [caption] * 2, [2 * step, 2 * step + 1], step)
 
-    config = make_config("toy", **(FIELDS | fields))
-    objective = DiffusionLoss(model, config)
-    stage = Stage("clip", objective, model.unet, 330, 2e-3, stream, publish=lambda ema: None)
-    model.unet = fit(stage, config, Machine(config))
+    with tempfile.TemporaryDirectory() as out:
+        config = make_config("toy", **(FIELDS | fields | {"out": out}))
+        objective = DiffusionLoss(model, config)
+        stage = Stage("clip", objective, model.unet, 330, 2e-3, stream, publish=lambda ema: None)
+        model.unet = fit(stage, config, Machine(config))
     truth = to_pixels(frames)[None]
     round_trip = model.vae.decode_video(model.vae.encode_video(truth)).clamp(-1, 1)
     made = sample_frames(model, [caption], truth[:, 0], frames=8, steps=20, guidance=1.0)
-    assert psnr(round_trip, made) >= 25
     still = round_trip[:, :1].expand_as(round_trip)
-    assert psnr(round_trip, still) < 25  # the clip moves: repeating its first frame is not enough
+    return psnr(round_trip, made), psnr(round_trip, still)
+
+
+@pytest.mark.beside(work=learn_one_clip)
+def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_caption(beside):
+    learnt, still = beside
+    assert learnt >= 25 > still  # the clip moves: repeating its first frame is not enough
 
 
 def test_batches_do_not_repeat_between_clip_and_image_steps():

@@ -30,10 +30,10 @@ The core, to be read end to end in this order:
     4  unet.py           the pseudo-3D UNet               together; randomness; every choice
 
 The rooms, to be opened when needed, each by its README.md:
-    weights/   other people's files in and out         data/   clips to train on
-    video/     pixels in files; films                  run/    a training from start to end
-    toy/       the procedural world and its models    metrics/   FVD and its kin
-Imports go one way: weights < core < video < toy < data < run < train.py, sample.py.
+    weights/   other people's files in and out         data/     clips to train on
+    video/     pixels in files; films                  run/      a training from start to end
+    toy/       the procedural world and its models     metrics/  FVD and its kin
+Imports go one way: weights < core < video < toy < data < metrics < run < train.py, sample.py.
 """
 
 __version__ = "0.1.0"
