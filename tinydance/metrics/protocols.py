@@ -134,6 +134,8 @@ def main() -> None:
     args = parser.parse_args()
     device, out = choose_device("auto"), Path(args.out or f"runs/{args.protocol}")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model = PixelDance.from_folder(args.model).to(device)
     image_model = PixelDance.from_folder(args.t2i).to(device) if args.t2i else None
     prompts, rows = PROTOCOLS[args.protocol](args)
@@ -142,7 +144,7 @@ def main() -> None:
     measurer = Measurer(args, device)
     about = {"protocol": args.protocol, "model": fingerprint(args.model), "seed": args.seed}
     about |= {"t2i": args.t2i and fingerprint(args.t2i), "videos": len(prompts)}
-    about |= {"frames": s.frames, "fps": s.fps, "size": [s.height, s.width], "tau": 0}
+    about |= {"frames": s.frames, "fps": s.fps, "size": [s.height, s.width]}
     about |= {"networks": measurer.describe()}
     check_folder(out, about)
     todo = [(kind, n) for kind in ("made", "real") for n in range(0, len(prompts), BLOCK)]

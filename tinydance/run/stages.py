@@ -100,6 +100,7 @@ def run_stages(config: Config, machine: Machine, source: Source, names, signals)
         except torch.OutOfMemoryError:
             cures = "--micro_batch 1, --gradient_checkpointing true, or on more ranks --zero true"
             raise ValueError(f"too little memory for stage {name}: try {cures}") from None
+        machine.wait()
 
 
 def share(config: Config, machine: Machine, source: Source, **options) -> Callable:
