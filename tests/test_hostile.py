@@ -17,6 +17,7 @@ from hostile import JSON, PICTURES, SHARDS, VIDEOS, WEIGHTS, jpeg_of_scans, muta
 from PIL import Image
 from reference import tiny_model
 from test_video import make_video
+from tiny_training import FIELDS, tiny_train
 
 import tinydance.clip
 from tinydance.config import make_config
@@ -84,6 +85,24 @@ def test_a_hostile_video_is_one_bad_sample_and_one_line(name, clip, tmp_path):
     source = files(tmp_path / "data")
     assert {source.sample(n).name for n in range(4)} == {"a.mp4"}
     assert str(tmp_path) in refuses(read_metadata, tmp_path / "data" / "bad.mp4")
+
+
+def test_a_folder_of_them_all_is_inspected_cached_and_trained_on(clip, model, tmp_path, capsys):
+    for folder, kind, corpus in (("v", ".mp4", VIDEOS), ("p", ".png", PICTURES)):
+        (tmp_path / folder).mkdir()
+        for n, content in enumerate(corpus.values()):
+            (tmp_path / folder / f"{n}{kind}").write_bytes(content)
+    shutil.copy(clip, tmp_path / "v" / "good.mp4")
+    Image.new("RGB", (32, 32)).save(tmp_path / "p" / "good.png")
+    given = {"data": str(tmp_path / "v"), "init": str(model), "max_bad": 1.0}
+    tiny_train("latents", out=str(tmp_path / "cache"), **given)
+    given |= {"images": str(tmp_path / "p"), "out": str(tmp_path / "run")}
+    tiny_train("inspect", **given)
+    told = capsys.readouterr().out
+    assert f"of {len(VIDEOS) + 1} rows read" in told and "not_a_video, such as" in told
+    assert len(Latents(tmp_path / "cache", (FIELDS["height"], FIELDS["width"]), 4)) == 1
+    tiny_train("video", video_steps=4, **given)
+    assert (tmp_path / "run" / "video" / "model").is_dir()
 
 
 def test_pipes_and_what_leads_outside_are_refused_everywhere(clip, model, tmp_path):
