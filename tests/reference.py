@@ -114,3 +114,17 @@ def tiny_model(filled: bool = True, **schedule) -> PixelDance:
     unet, vae, tower = (part.eval().requires_grad_(False) for part in parts)
     settings = Settings(frames=4, height=16, width=16, steps=4, guidance=3.0)
     return PixelDance(unet, vae, tower, tokenizer, Schedule(**schedule), settings)
+
+
+class Means(torch.nn.Module):
+    """Stands in for I3D: the mean colours of clips or pictures."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rescale: bool = False,
+        resize: bool = False,
+        return_features: bool = False,
+    ) -> torch.Tensor:
+        x = x.float() / 127.5 - 1.0 if rescale else x.float()
+        return x.flatten(2).mean(2)

@@ -9,9 +9,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from reference import HERE, difference, formula_weight, golden
+from reference import HERE, Means, difference, formula_weight, golden
 
-from tinydance.clip import Tokenizer
+from tinydance.clip import ImageConfig, Tokenizer
 from tinydance.metrics import CLIP, Detector, clip_similarity, frechet_distance, inception_score
 from tinydance.metrics.distances import bootstrap
 from tinydance.weights.files import write_json
@@ -82,20 +82,6 @@ def test_a_bootstrap_interval_holds_the_mean():
 
 
 # ---------------------------------------------------------------------------------- the networks
-class Means(torch.nn.Module):
-    """Stands in for I3D: a clip's mean colours, each 133 times or so."""
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        rescale: bool = False,
-        resize: bool = False,
-        return_features: bool = False,
-    ) -> torch.Tensor:
-        x = x.float() / 127.5 - 1.0 if rescale else x.float()
-        return x.flatten(2).mean(2)
-
-
 @pytest.fixture
 def detector_file(tmp_path):
     torch.jit.script(Means()).save(str(tmp_path / "means.pt"))
@@ -155,6 +141,11 @@ def test_pictures_of_any_size_are_resized_for_the_image_tower(clip):
     pixels = torch.as_tensor(known["pixels"])
     large = torch.nn.functional.interpolate(pixels, scale_factor=4, mode="nearest")
     assert clip.encode_images(large).shape == (2, 24)
+
+
+def test_an_activation_that_is_none_is_named():
+    with pytest.raises(ValueError, match="hidden_act"):
+        ImageConfig(hidden_act="sine")
 
 
 def test_a_folder_that_is_no_clip_is_refused(tmp_path):

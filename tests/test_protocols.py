@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reference import tiny_model
+from reference import Means, tiny_model
 
 from tinydance.metrics import protocols
 from tinydance.run.cli import run_main
@@ -17,17 +17,6 @@ from tinydance.video.write import save_video
 from tinydance.weights.files import read_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-
-
-class Features(torch.nn.Module):
-    def forward(
-        self,
-        x: torch.Tensor,
-        rescale: bool = False,
-        resize: bool = False,
-        return_features: bool = False,
-    ) -> torch.Tensor:
-        return x.float().flatten(2).mean(2) / 255
 
 
 class Classes(torch.nn.Module):
@@ -42,7 +31,7 @@ def folder(tmp_path, monkeypatch):
     model = tiny_model()
     model.settings = replace(model.settings, frames=10, height=32, width=32, steps=2)
     model.save("model")
-    torch.jit.script(Features()).save("features.pt")
+    torch.jit.script(Means()).save("features.pt")
     torch.jit.script(Classes()).save("classes.pt")
     for k, scene in enumerate(sample_hidden(0, 6)):
         name = ("Archery", "Biking", "YoYo")[k % 3]

@@ -266,9 +266,7 @@ class TextTower(nn.Module):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take tensors of the hub's files, of OpenCLIP, or of a whole LDM checkpoint with either.
-
-        Raises ValueError listing what does not fit.
-        """
+        Raises ValueError listing what does not fit."""
         load_into(self, text_from_any(tensors, self.config.num_hidden_layers))
 
     @classmethod
@@ -281,8 +279,7 @@ class TextTower(nn.Module):
         return read_part(path, lambda config: cls(build(TextConfig, config, file)))
 
     def save(self, path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors as transformers has them [hub format]; `dtype`,
-        such as torch.float16, is that on the disk alone."""
+        """Write the folder as transformers has it [hub format]; dtype: of the weights on disk."""
         config = write_text_config(asdict(self.config))
         save_weights(path, config, self.state_dict(), dtype, name="model")
 
@@ -300,6 +297,8 @@ class ImageConfig:
     patch_size: int = 32
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+
+    __post_init__ = TextConfig.__post_init__  # the same checks
 
 
 class ImageTower(nn.Module):

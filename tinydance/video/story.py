@@ -114,7 +114,9 @@ def describe_film(model: PixelDance, shots: list[Shot], number: int = 0) -> dict
     """All that decides what a film of this model shows; of each picture a sha256."""
     fields = [asdict(shot.check(model)) for shot in shots]
     for shot in fields:
-        pixels = {name: picture.numpy().tobytes() for name, picture in shot["pictures"].items()}
+        pixels = {
+            name: picture.cpu().numpy().tobytes() for name, picture in shot["pictures"].items()
+        }
         shot["pictures"] = {name: hashlib.sha256(x).hexdigest() for name, x in pixels.items()}
     return {"number": number, "shots": fields}
 
