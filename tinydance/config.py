@@ -146,8 +146,8 @@ TABLE = {
     "out":              ("runs/paper",    "runs/paper-hd",          "runs/small",    "runs/toy"),
     "init":             ("",              "runs/paper/video/model", "",              "shipped"),
     "unet":             ("init",          "init",                   "small",         "toy"),
-    "height":           (256,             320,                      256,             32),
-    "width":            (256,             512,                      256,             32),
+    "height":           (256,             320,                      256,             64),
+    "width":            (256,             512,                      256,             64),
     # (1)
     "beta_schedule":    ("scaled_linear", "scaled_linear",          "scaled_linear", "linear"),
     "beta_start":       (0.00085,         0.00085,                  0.00085,         1e-4),
@@ -254,7 +254,12 @@ def autocast(kind: str, dtype: torch.dtype):
 # The shapes of networks that are trained here from nothing; "init" has Stable Diffusion 2.1's and
 # ModelScope's, the defaults.
 TOY_BLOCKS = {"layers_per_block": 1, "norm_num_groups": 8}
-TOY_UNET = {"attention_head_dim": 16, "cross_attention_dim": 64, "temporal_dropout": 0.0}
+TOY_UNET = {
+    "block_out_channels": (64, 128),
+    "attention_head_dim": 16,
+    "cross_attention_dim": 64,
+    "temporal_dropout": 0.0,
+}
 TOY_UNET |= {"attention_levels": (False, True)}
 TOY_TEXT = {"num_hidden_layers": 2, "num_attention_heads": 4}
 TOY_TEXT |= {"max_position_embeddings": 24}  # of 77, most would be padding
@@ -262,8 +267,8 @@ NETWORKS = {
     "init": {},
     "small": {"unet": UNetConfig(block_out_channels=(128, 256, 384, 384), layers_per_block=1)},
     "toy": {
-        "unet": UNetConfig(block_out_channels=(64, 128), **TOY_UNET, **TOY_BLOCKS),
-        "vae": VAEConfig(block_out_channels=(16, 32, 64), **TOY_BLOCKS),
+        "unet": UNetConfig(in_channels=16, out_channels=8, **TOY_UNET, **TOY_BLOCKS),
+        "vae": VAEConfig(block_out_channels=(16, 32, 64, 96), latent_channels=8, **TOY_BLOCKS),
         "text": TextConfig(hidden_size=64, intermediate_size=256, **TOY_TEXT),
     },
 }
