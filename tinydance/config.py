@@ -254,13 +254,8 @@ def autocast(kind: str, dtype: torch.dtype):
 # The shapes of networks that are trained here from nothing; "init" has Stable Diffusion 2.1's and
 # ModelScope's, the defaults.
 TOY_BLOCKS = {"layers_per_block": 1, "norm_num_groups": 8}
-TOY_UNET = {
-    "block_out_channels": (64, 128),
-    "attention_head_dim": 16,
-    "cross_attention_dim": 64,
-    "temporal_dropout": 0.0,
-}
-TOY_UNET |= {"attention_levels": (False, True)}
+TOY_UNET = {"attention_head_dim": 16, "cross_attention_dim": 64, "temporal_dropout": 0.0}
+TOY_UNET |= {"attention_levels": (False, True), "block_out_channels": (64, 128)}
 TOY_TEXT = {"num_hidden_layers": 2, "num_attention_heads": 4}
 TOY_TEXT |= {"max_position_embeddings": 24}  # of 77, most would be padding
 NETWORKS = {
