@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +22,10 @@ from tinydance.config import make_config
 from tinydance.data.batches import batches
 from tinydance.model import Settings, tau_in_steps
 from tinydance.schedulers import Schedule
+from tinydance.toy import evaluate
 from tinydance.toy.referee import judge, referee
 from tinydance.toy.source import ToyWorld
-from tinydance.toy.world import MOTIONS, World, captions, make_clip, parse, reverse_motion
+from tinydance.toy.world import MOTIONS, World, make_clip, parse, reverse_motion
 from tinydance.training import Batch
 from tinydance.video import strips
 from tinydance.weights.safetensors import load_safetensors, save_safetensors
@@ -150,7 +152,7 @@ def to_frames(yours: Callable) -> None:
 
 
 def compression(yours: Callable) -> None:
-    cases = [(32, 32, 4, 4), (256, 256, 8, 4), (320, 512, 8, 16)]
+    cases = [(64, 64, 8, 8), (256, 256, 8, 4), (320, 512, 8, 16)]
 
     def right(height, width, stride, channels):
         return 3 * height * width / (channels * height * width / stride**2)
@@ -177,7 +179,7 @@ def obeys(yours: Callable) -> None:
         "one wrong word is enough to disobey: `all` of them must be right": (
             lambda frames, caption: any(judge(frames, caption).values())
         ),
-        "`judge` answers one verdict for each word; join them": judge,
+        "`judge` answers with a verdict on each thing; join them": judge,
     }
     compare(yours, right, cases, mistakes)
 
@@ -990,35 +992,45 @@ def paired(yours: Callable) -> None:
     compare(yours, right, cases, mistakes)
 
 
-def last_error(yours: Callable) -> None:
-    def ends(made, truth, index=-1):
-        return (referee(frames).track[index] for frames in (made, truth))
-
+def end_error(yours: Callable) -> None:
     def right(made, truth):
-        a, b = ends(made, truth)
-        return math.dist(a, b)
+        return evaluate.judge("", made, "a red circle moves up", truth)["end"]
 
-    seed = random.randrange(10**6)
-    clips = [make_clip(seed, n)[0] for n in range(3)]
+    def percent(made, truth, frame=-1, gone=1.0, distance=math.dist):
+        a, b = (referee(clip).track[frame] for clip in (made, truth))
+        off = distance(a, b) / made.shape[-1]
+        return 100 * (gone if math.isnan(off) else off)
+
+    seed, clips = random.randrange(10**6), []
+    while len(clips) < 2:
+        clip = make_clip(seed, len(clips))[0]
+        seed, is_seen = seed + 1, not np.isnan(referee(clip).track).any()
+        clips += [clip] * is_seen
+    cases = [(clips[0], clips[1]), (np.full_like(clips[0], 128), clips[1])]
     mistakes = {
-        "this is the first frame's": lambda a, b: math.dist(*ends(a, b, 0)),
-        "a square root is missing": lambda a, b: right(a, b) ** 2,
-        "the distance of two places, not the sum over x and y": (
-            lambda a, b: float(sum(abs(x - y) for x, y in zip(*ends(a, b))))
+        "this is where it begins": lambda a, b: percent(a, b, frame=0),
+        "these are pixels: divide by the width": lambda a, b: right(a, b) * a.shape[-1] / 100,
+        "this is a share; in percent it is 100 times as much": lambda a, b: right(a, b) / 100,
+        "a square root is missing": (
+            lambda a, b: percent(a, b, distance=lambda p, q: math.dist(p, q) ** 2)
         ),
-        "this averages over all frames; the last one is asked for": (
-            lambda a, b: sum(math.dist(*ends(a, b, k)) for k in range(len(a))) / len(a)
+        "the distance of two places, not the sum over x and y": (
+            lambda a, b: percent(a, b, distance=lambda p, q: float(np.abs(p - q).sum()))
+        ),
+        "a clip without an object is a whole width off, and not right": (
+            lambda a, b: percent(a, b, gone=0.0)
         ),
     }
-    cases = [(clips[0], clips[1]), (clips[1], clips[2])]
     compare(yours, right, cases, mistakes)
 
 
 def way_back(yours: Callable) -> None:
-    cases = random.sample(captions(), 4) + ["a red circle moves up at night"]
+    seed = random.randrange(10**6)
+    cases = [make_clip(seed, n, pick=slice(1))[1] for n in range(4)]
+    cases.append("a red circle moves up at night until a cut")
     mistakes = {
         "the motion is the same as before": lambda caption: caption,
-        "only the motion changes: keep the background": (
+        "only the motion changes: keep what stands behind it": (
             lambda caption: reverse_motion(
                 " ".join(caption.split()[:3]) + " " + parse(caption)["motion"]
             )

@@ -711,7 +711,7 @@ def test_decibels_count_the_peak_from_black_to_white():
 @pytest.fixture(scope="module")
 def toy():
     model = PixelDance.from_folder(SHIPPED)
-    model.settings = replace(model.settings, steps=1, guidance=1.0)
+    model.settings = replace(model.settings, height=32, width=32, steps=1, guidance=1.0)
     return model
 
 

@@ -88,6 +88,7 @@ class Config:
     cond_noise_t: int = option(
         Settings.cond_noise_t, "steps of noise on c_image [paper §4.1]", high=999
     )
+    last_frames: int = option(3, "the last frame is one of the clip's last so many [§3.2]", low=1)
     text_drop: float = option(0.1, "share of captions dropped [ours: paper silent; SD]", high=1)
     sketch: bool = option(False, "show last frames as edge drawings [paper §4.5]")
     image_every: int = option(8, "one step of this many is a batch of images [paper §4.1]")
@@ -162,7 +163,7 @@ TABLE = {
     "cond_noise_t":     (100,             100,                      100,             10),  # (5)
     "batch":            (192,             192,                      16,              8),
     "micro_batch":      (0,               0,                        4,               0),
-    "image_batch":      (1536,            1536,                     128,             64),
+    "image_batch":      (1536,            1536,                     128,             32),
     "lr":               (5e-5,            5e-5,                     1e-4,            1e-3),
     "vae_lr":           (1e-4,            1e-4,                     1e-4,            3e-3),
     "warmup":           (1000,            1000,                     1000,            100),
@@ -170,7 +171,7 @@ TABLE = {
     "ema":              (0.9999,          0.9999,                   0.9999,          0.999),
     "vae_steps":        (0,               0,                        0,               10_000),
     "text_steps":       (0,               0,                        0,               600),
-    "image_steps":      (0,               0,                        100_000,         4500),
+    "image_steps":      (0,               0,                        100_000,         20_000),
     "video_steps":      (200_000,         50_000,                   100_000,         9000),
     "workers":          (4,               4,                        4,               0),
     "save_every":       (1000,            1000,                     1000,            500),
@@ -255,7 +256,7 @@ def autocast(kind: str, dtype: torch.dtype):
 # ModelScope's, the defaults.
 TOY_BLOCKS = {"layers_per_block": 1, "norm_num_groups": 8}
 TOY_UNET = {"attention_head_dim": 16, "cross_attention_dim": 64, "temporal_dropout": 0.0}
-TOY_UNET |= {"attention_levels": (False, True), "block_out_channels": (64, 128)}
+TOY_UNET |= {"attention_levels": (True,), "block_out_channels": (96,)}
 TOY_TEXT = {"num_hidden_layers": 2, "num_attention_heads": 4}
 TOY_TEXT |= {"max_position_embeddings": 24}  # of 77, most would be padding
 NETWORKS = {

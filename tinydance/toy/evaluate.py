@@ -20,7 +20,7 @@ from tinydance.model import PixelDance
 from tinydance.run.cli import Parser, progress, run_main
 from tinydance.toy import SHIPPED, measure
 from tinydance.toy.paint import MIDDLE, UNITS
-from tinydance.toy.referee import Reading, compare, referee
+from tinydance.toy.referee import compare, referee
 from tinydance.toy.world import MOTIONS, Scene, describe, parse, render, sample_path
 
 CEILING, CHEAT = "true clips, after the VAE", "cheat: first and last frame cross-faded"
@@ -48,8 +48,8 @@ ROWS = {
     "same first, each motion": Row(text=True, first=True, each=True),
     "chain of 8, the last clip": Row(text=True, first=True, links=8),
 }
-COLUMNS = ("colour", "shape", "background", "other", "change", "motion", "end looks", "end")
-COLUMNS += ("jump", "first, dB")
+SHARES = ("colour", "shape", "background", "other", "change", "motion", "end looks")
+COLUMNS = (*SHARES, "end", "jump", "first, dB")
 
 
 def check_rows(model: PixelDance, names: list[str] | None) -> list[str]:
@@ -63,9 +63,8 @@ def check_rows(model: PixelDance, names: list[str] | None) -> list[str]:
 def evaluate(model: PixelDance, clips: int, rows: list[str], seed=0, **changes) -> Iterator[dict]:
     """Yield a record of each clip: those of the ceiling and the cheat, then those of the rows.
     changes: of `Settings`."""
-    place, scenes = measure.choose_world(model), measure.sample_hidden(seed, clips)
-    truth = [render(scene, place)[: model.settings.frames] for scene in scenes]
-    captions, rng = [describe(scene) for scene in scenes], np.random.default_rng(seed)
+    scenes = measure.sample_hidden(seed, clips)
+    truth, captions = render_all(model, scenes), [describe(scene) for scene in scenes]
     trips = measure.make_round_trip(model, truth)
     yield from (judge(CEILING, *three) for three in zip(trips, captions, truth))
     if model.settings.frames > 1:
@@ -73,28 +72,36 @@ def evaluate(model: PixelDance, clips: int, rows: list[str], seed=0, **changes) 
         fades = (clip[0] + (clip[-1] * 1.0 - clip[0]) * u for clip in truth)
         yield from (judge(CHEAT, *three) for three in zip(fades, captions, truth))
     for name in rows:
-        row, count = ROWS[name], max(1, clips // ROWS[name].links)
-        chosen, prompts, goals, given = scenes[:count], captions[:count], truth[:count], changes
-        if row.each:
-            chosen = spread_motions(chosen, rng)
-        if row.against:
-            chosen, given = [turn_aside(scene, rng) for scene in chosen], changes | {"tau": 1.0}
-        if row.each or row.against:
-            goals = [render(scene, place)[: model.settings.frames] for scene in chosen]
-            prompts = [describe(scene) for scene in chosen]
-        first, made = [clip[0] for clip in goals], []
-        for link in range(row.links):
-            if link > 0:
-                first = [clip[-1] for clip in made]
-                readings = [referee(clip[-1:]) for clip in made]
-                pairs = zip(prompts, readings)
-                prompts = [go_on(*pair, place.size / UNITS, rng) for pair in pairs]
-            text = prompts if row.text else [""] * count
-            last = [clip[-1] for clip in goals] if row.last else None
-            pictures = first if row.first else None, last
-            made = list(measure.sample_clips(model, text, *pictures, seed * 1000 + link, **given))
-        goals = goals if row.first and row.links == 1 else [None] * count
-        yield from (judge(name, *three) for three in zip(made, prompts, goals))
+        some = scenes[: max(1, clips // ROWS[name].links)]
+        made = make_clips(model, ROWS[name], some, seed, **changes)
+        yield from (judge(name, *three) for three in made)
+
+
+def make_clips(model: PixelDance, row: Row, scenes: list[Scene], seed: int, **changes):
+    """Yield of each scene: a clip (f, 3, H, W) that is made from what the row gives, the caption
+    that was asked for, and the true clip where the first frame was the true one, else None."""
+    rng, count = np.random.default_rng(seed), len(scenes)
+    if row.each:
+        scenes = spread_motions(scenes, rng)
+    if row.against:
+        scenes, changes = [turn_aside(scene, rng) for scene in scenes], {"tau": 1.0} | changes
+    prompts, goals = [describe(scene) for scene in scenes], render_all(model, scenes)
+    first, last, made = [clip[0] for clip in goals], [clip[-1] for clip in goals], []
+    for link in range(row.links):
+        if link > 0:
+            first = [clip[-1] for clip in made]
+            prompts = [go_on(*pair, rng) for pair in zip(prompts, made)]
+        text = prompts if row.text else [""] * count
+        pictures = first if row.first else None, last if row.last else None
+        made = measure.sample_clips(model, text, *pictures, seed * 1000 + link, **changes)
+        made = list(made) if row.links > 1 else made
+    yield from zip(made, prompts, goals if row.first and row.links == 1 else [None] * count)
+
+
+def render_all(model: PixelDance, scenes: list[Scene]) -> list[np.ndarray]:
+    """The true clips, as long as the model's."""
+    pick = slice(model.settings.frames)
+    return [render(scene, measure.choose_world(model), pick) for scene in scenes]
 
 
 def judge(name: str, clip: np.ndarray, caption: str, goal: np.ndarray | None) -> dict:
@@ -102,7 +109,7 @@ def judge(name: str, clip: np.ndarray, caption: str, goal: np.ndarray | None) ->
     reading, record = referee(clip), {"instruction": name, "asked": parse(caption)["motion"]}
     record |= compare(reading, caption)
     if len(clip) == 1:  # a picture has no motion, and cannot change
-        return {key: x for key, x in record.items() if key not in ("motion", "change")}
+        return {key: x for key, x in record.items() if key not in ("motion", "change", "asked")}
     steps = np.abs(np.diff(np.asarray(clip, float), axis=0)).mean((1, 2, 3))
     record["jump"] = float(steps[-1] / (steps[:-1].mean() + 0.01))
     if goal is not None:
@@ -143,48 +150,51 @@ def keep_looks(scene: Scene) -> Scene:
     return replace(scene, becomes=scene.land.background, **plain)
 
 
-def go_on(caption: str, reading: Reading, unit: float, rng: np.random.Generator) -> str:
-    """The caption of the next clip of a chain: a motion for which there is room. unit: pixels."""
-    said = parse(caption)
-    x, y = np.nan_to_num(reading.end, nan=MIDDLE * unit) / unit
+def go_on(caption: str, clip: np.ndarray, rng: np.random.Generator) -> str:
+    """The caption of the next clip of a chain, which begins as this one (f, 3, H, W) ends: a motion
+    for which there is room."""
+    said, unit = parse(caption), clip.shape[-1] / UNITS
+    x, y = np.nan_to_num(referee(clip).end / unit, nan=MIDDLE)
     ways = {"to the right": UNITS - x, "to the left": x, "up": y, "down": UNITS - y}
     ways = {f"moves {way}": room for way, room in ways.items()}
     if y > 12:  # room to hop
         ways |= {key.replace("moves", "bounces"): ways[key] for key in list(ways)[:2]}
-    open_ways = [way for way, room in ways.items() if room > 14]
-    said["motion"] = str(rng.choice(open_ways))
-    parts = [f"a {said['colour']} {said['shape']} {said['motion']}"]
+    motion = rng.choice([way for way, room in ways.items() if room > 14])
+    parts = [f"a {said['colour']} {said['shape']} {motion}"]
     parts += [f"beside a {said['other']}"] if "other" in said else []
     return " ".join(parts + ([said["background"]] if "background" in said else []))
 
 
+def summarise(records: list[dict]) -> dict[str, tuple[float, float]]:
+    """column -> a share in percent, or a median, and half of its 95 % interval."""
+    figures = {}
+    for column in COLUMNS:
+        values = [record[column] for record in records if column in record]
+        if values:
+            statistic = np.median if column in ("end", "jump") else np.mean
+            values = np.array(values, float) * (100 if column in SHARES else 1)
+            low, high = measure.bootstrap(values, statistic)
+            figures[column] = float(statistic(values)), (high - low) / 2
+    return figures
+
+
+def format_cell(column: str, figure: tuple[float, float] | None) -> str:
+    digits = 0 if column in SHARES else 1
+    return f"{figure[0]:.{digits}f} +- {figure[1]:.{digits}f}" if figure else ""
+
+
 def format_records(records: list[dict]) -> str:
     """A table of `COLUMNS`, and the share of right motions, motion by motion."""
-    head = ["instruction", "clips", *(f"{name}, %" for name in COLUMNS[:7]), "end, % of width"]
     rows, notes = [], []
     for name in dict.fromkeys(record["instruction"] for record in records):
         group = [record for record in records if record["instruction"] == name]
-        cells = []
-        for column in COLUMNS:
-            values = [record[column] for record in group if column in record]
-            cells.append(format_cell(column, values) if values else "")
+        figures = summarise(group)
+        cells = (format_cell(column, figures.get(column)) for column in COLUMNS)
         rows.append([name, str(len(group)), *cells])
-        by_motion = {motion: [] for motion in MOTIONS}
-        for record in group:
-            if "motion" in record:
-                by_motion[record["asked"]].append(record["motion"])
-        shares = (f"{m} {100 * np.mean(right):.0f}" for m, right in by_motion.items() if right)
+        right = {m: [r["motion"] for r in group if r.get("asked") == m] for m in MOTIONS}
+        shares = (f"{m} {100 * np.mean(x):.0f}" for m, x in right.items() if x)
         notes += [f"{name}, motion by motion: {', '.join(shares)}"]
-    return "\n".join([measure.format_table([*head, "jump", "first, dB"], rows), *notes])
-
-
-def format_cell(column: str, values: list[float]) -> str:
-    """A share in percent, or a median, with half of its 95 % interval."""
-    share = column in COLUMNS[:7]
-    statistic = np.mean if share or column == "first, dB" else np.median
-    low, high = measure.bootstrap(np.array(values, float) * (100 if share else 1), statistic)
-    value = statistic(values) * (100 if share else 1)
-    return f"{value:.{0 if share else 1}f} +- {(high - low) / 2:.{0 if share else 1}f}"
+    return "\n".join([measure.format_table(["instruction", "clips", *COLUMNS], rows), *notes])
 
 
 def main() -> None:

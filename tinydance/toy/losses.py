@@ -119,8 +119,7 @@ class ContrastiveLoss(nn.Module):
         """frames (b, f, 3, H, W) -> "loss"; "accuracy": of clips most like a caption of theirs."""
         pixels = to_pixels(batch.frames)
         picks = torch.linspace(0, pixels.shape[1] - 1, self.frames).long()
-        small = F.adaptive_avg_pool2d(pixels[:, picks].flatten(1, 2), 32)  # b (4 3) 32 32
-        video = self.video_tower(small).float()  # b d
+        video = self.video_tower(pixels[:, picks].flatten(1, 2)).float()  # b (4 3) H W -> b d
         ids = self.tokenizer(batch.captions).to(pixels.device)  # b l
         ends = (ids == self.tokenizer.end_id).int().argmax(dim=1)  # the first; the rest is padding
         text = self.projection(self.tower(ids)[torch.arange(len(ids)), ends]).float()  # b d

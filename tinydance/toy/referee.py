@@ -88,7 +88,7 @@ def referee(frames: np.ndarray) -> Reading:
     if mover.colours[0] != mover.colours[1] and not change:
         change = world.CHANGE
     shape = read_shape(mover, ~hidden)
-    motion = read_motion(mover, shape, ~hidden, bool(other))
+    motion = read_motion(mover, shape, ~hidden, other)
     if n in (1, len(frames) - 1) or find_cut(frames[n:], cover[n:]) < len(frames) - n:
         motion = "none"  # a frame alone is no shot, and no caption has two cuts
     track = nothing.copy()
@@ -225,19 +225,24 @@ def read_background(frames, cover):
     return min(error, key=error.get)
 
 
-def read_motion(blob: Blob, shape: str, clear, may_hide: bool) -> str:
+def read_motion(blob: Blob, shape: str, clear, other: Blob | None) -> str:
     """A line with hops, and growth, fitted to the track. "still" for an object that stays; "none"
     where it jumps (also into the last frame alone), trembles, fades, or is not there."""
     n = len(blob.area)
-    hides = not clear.all() and (not may_hide or min(blob.area[0], blob.area[-1]) < SMALL / 2)
-    if clear.sum() < max(4, n // 3) or hides:
+    gone = blob.area < SMALL / 2
+    if clear.sum() < max(4, n // 3) or gone[0] or gone[-1] or (gone.any() and not other):
         return "none"
     u, hops = np.linspace(0, 1, n), 2 * np.linspace(0, 1, n) % 1.0
     basis = np.stack([np.ones(n), u, -4 * hops * (1 - hops)], 1)
     size = 0.5 * np.log(blob.area + 1e-6)
-    [_, (dx, dy), (drift, hop)], growth, miss = fit(basis, blob.xy, size, clear)
+    found, growth, miss = fit(basis, blob.xy, size, clear)
+    _, (dx, dy), (drift, hop) = found
     before_last = clear & (np.arange(n) < n - 1)
     ahead = fit(basis, blob.xy, size, before_last)[-1][-1] if clear[-1] else 0.0
+    if gone.any():  # it may hide behind the other object, and nowhere else
+        apart = np.linalg.norm(basis @ found - np.nanmedian(other.xy, 0), axis=1)
+        if apart[gone].max() > 5:
+            return "none"
     strange = np.abs(blob.look - LOOKS[shape]).sum(1)[clear].max()
     if np.sqrt((miss[clear] ** 2).mean()) > 0.8 or miss[clear].max() > 2:
         return "none"

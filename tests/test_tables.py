@@ -1,0 +1,117 @@
+"""The paper's tables in the toy world: its networks, the ladder of figures, the rows."""
+
+import json
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+
+from tinydance.metrics import Detector, tables, toy_networks
+from tinydance.toy import SHIPPED, evaluate, measure
+from tinydance.toy.world import describe, render
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+CLIPS = 60  # more than the 48 numbers of a feature
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Models whose clips cost nothing: true ones with a blur; what was asked of them is noted."""
+    asked = []
+
+    def make_clips(model, row, scenes, seed, **changes):
+        asked.append((row, changes))
+        for scene in scenes:
+            clip = render(scene).astype(float)
+            soft = (clip + np.roll(clip, 1, -1) + np.roll(clip, 1, -2)) / 3
+            yield soft.astype(np.uint8), describe(scene), render(scene)
+
+    monkeypatch.setattr(evaluate, "make_clips", make_clips)
+    return asked
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["tables", *map(str, args)])
+    tables.main()
+
+
+def test_the_networks_of_the_toy_world_are_small_and_name_what_they_see():
+    size = sum(path.stat().st_size for path in (toy_networks.CLIPS, toy_networks.FRAMES))
+    assert size < 1_000_000
+    for of_clips, path in ((True, toy_networks.CLIPS), (False, toy_networks.FRAMES)):
+        x, truth = toy_networks.draw_batch(10**6, 200, of_clips)  # a number that no training has
+        detector = Detector("c3d", path)
+        pairs = detector(x.transpose(1, 2) if of_clips else x[:, None].repeat(1, 10, 1, 1, 1))
+        assert pairs.sum(1) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_network_of_clips_is_told_by_motion_and_one_of_frames_is_not():
+    """Reversed clips have the frames of true ones: FVD rises, FID does not."""
+    scenes = [measure.sample_hidden(seed, 100) for seed in (0, 500)]
+    truth, real = (np.stack([render(scene) for scene in some]) for some in scenes)
+    ruler = tables.Ruler(real)
+    true, back = ruler(truth), ruler(truth[:, ::-1].copy())
+    assert back["FVD"][0] > 2 * true["FVD"][0]
+    assert back["FID"][0] == pytest.approx(true["FID"][0], rel=1e-6)
+
+
+def test_the_ladder_is_climbed_rung_by_rung(free):
+    """Real against real < through the VAE < made < tiles < shuffled < noise."""
+    args = Namespace(seed=0, clips=100, model=SHIPPED)
+    real = np.stack([render(scene) for scene in measure.sample_hidden(500, 100)])
+    rungs = {
+        name: figures["FVD"][0]
+        for name, figures, _ in tables.measure_ladder(args, tables.Ruler(real))
+    }
+    *climbed, back = rungs.values()
+    assert climbed == sorted(climbed) and len({*climbed}) == 6
+    assert back > rungs["true clips"]
+
+
+def test_a_row_is_of_the_models_that_its_training_left(free, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "nothing")
+    capsys.readouterr()
+    with pytest.raises(
+        ValueError, match=r"full_0 is missing; make it: python train.py --seed 0 --out"
+    ):
+        run(monkeypatch, "table3", "--clips", CLIPS, "--runs", tmp_path)
+    for training in ("full", "no_pictures"):
+        for seed in range(2):
+            (tmp_path / f"{training}_{seed}/video").mkdir(parents=True)
+            (tmp_path / f"{training}_{seed}/video/model").symlink_to(SHIPPED)
+    out = tmp_path / "table2"
+    given = "--clips", CLIPS, "--runs", tmp_path, "--trainings", 2, "--out", out
+    run(monkeypatch, "table2", *given)
+    printed = capsys.readouterr().out
+    assert "| no pictures; text |" in printed and "in the paper FID 49.36, FVD 242.82" in printed
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    figures = rows["full; text"]
+    assert figures["motion"][0] > 95 and figures["FVD"][1] == 0  # two trainings that are one
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("table", ["tau", "guidance", "condition"])
+def test_rows_of_one_model_differ_in_what_they_change(free, monkeypatch, table):
+    run(monkeypatch, table, "--clips", CLIPS)
+    changes = [changes for _, changes in free]
+    assert changes == [line.changes for line in tables.TABLES[table]]
+    assert len({str(change) for change in changes}) == len(changes)
+
+
+def test_every_training_is_a_command_that_train_py_takes():
+    from tinydance.config import make_config
+
+    for flags in tables.TRAININGS.values():
+        words = flags.split()
+        make_config("toy", **dict(zip((w.removeprefix("--") for w in words[::2]), words[1::2])))
+    named = {line.training for lines in tables.TABLES.values() for line in lines} - {""}
+    assert named == {*tables.TRAININGS}
+
+
+def test_too_few_clips_are_an_error(free, monkeypatch):
+    with pytest.raises(
+        ValueError, match="20 samples for features of 48 numbers; measure more than"
+    ):
+        run(monkeypatch, "tau", "--clips", 20)
