@@ -120,8 +120,8 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
         return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
 
     def publish(ema: VAE) -> None:
-        vae = copy.deepcopy(ema)  # training goes on with the one that is not whitened
-        losses.whiten(vae, read_pixels(256).flatten(0, 1))
+        vae = copy.deepcopy(ema).cpu()  # training goes on with the one that is not whitened
+        losses.whiten(vae, read_pixels(256).flatten(0, 1).cpu())  # in float64, which MPS lacks
         vae.save(folder / "vae")
 
     def show(ema: VAE):
