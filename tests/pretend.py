@@ -130,6 +130,7 @@ def pretend(kind="cuda", bfloat16=True):
         put(there, is_available=lambda: True)
         if kind == "cuda":
             put(there, set_device=lambda device: None, max_memory_allocated=lambda: 0)
+            put(there, mem_get_info=lambda: (2**37, 2**37))
             put(there, is_bf16_supported=lambda including_emulation=True: bfloat16)
         stack.enter_context(Calls())
         yield

@@ -24,11 +24,12 @@ from tinydance.data.cache import check_vae, find_caches
 from tinydance.data.open import Source
 from tinydance.data.order import collect_words, describe_source, format_counts
 from tinydance.model import PixelDance, Settings, read_schedule
-from tinydance.run.benchmark import benchmark, describe_memory
+from tinydance.run.benchmark import benchmark
 from tinydance.run.checkpoints import set_aside
 from tinydance.run.cli import Progress, progress
 from tinydance.run.fit import fit, note_signals, tell
 from tinydance.run.inspect import inspect
+from tinydance.run.memory import describe_memory
 from tinydance.schedulers import Schedule
 from tinydance.toy import SHIPPED_IMAGE, losses
 from tinydance.training import DiffusionLoss, Machine, Stage
@@ -177,7 +178,7 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
     settings = replace(settings, frames=1 if is_image else config.frames)
     model = PixelDance(unet, vae, tower, tokenizer, schedule, settings).to(machine.device)
     settings.check(model)  # raises before anything is trained
-    tell(machine, f"stage {name}: {describe_memory(model)}")
+    tell(machine, f"stage {name}: {describe_memory(model, config, machine)}")
 
     def is_image_step(step: int) -> bool:
         every = config.image_every if config.train == "all" else 0  # images train no temporal layer
