@@ -165,7 +165,7 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
     torch.manual_seed(config.seed)
     is_image, folder = name == "image", Path(config.out) / name / "model"
     is_new = is_image and config.unet != "init"
-    unet = UNet(NETWORKS[config.unet]["unet"]) if is_new else load_unet(name, config, machine)
+    unet = UNet(NETWORKS[config.unet]["unet"]) if is_new else load_unet(name, config)
     unet.set_gradient_checkpointing(config.gradient_checkpointing)
     if config.train == "temporal":  # what the paper adds to an image model [Make-Your-Video]
         for key, parameter in unet.named_parameters():
@@ -227,13 +227,14 @@ def load_frozen(kind: type[nn.Module], part: str, config: Config) -> nn.Module:
     return kind.from_folder(find_part(part, config)).requires_grad_(False).eval()
 
 
-def load_unet(name: str, config: Config, machine: Machine) -> UNet:
-    """The UNet to start from; a line is printed where it was trained to predict something else."""
+def load_unet(name: str, config: Config) -> UNet:
+    """The UNet to start from. Raises ValueError where it learned to predict something else."""
     folder, now = find_part("unet", config, name), config.prediction_type
     scheduler = folder.parent / "scheduler"
     before = read_schedule(scheduler).prediction_type if scheduler.exists() else now
     if before != now:
-        tell(machine, f"note: the UNet in {folder} learned to predict {before}, this run {now}")
+        cure = f"give --prediction_type {before}, or start elsewhere"
+        raise ValueError(f"the UNet in {folder} learned to predict {before}, not {now}: {cure}")
     return UNet.from_folder(folder)
 
 
