@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def parse() -> Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     text = parser.add_mutually_exclusive_group().add_argument
-    text("prompt", nargs="?", help=f"default, where nothing is given: {PROMPT}")
+    text("prompt", nargs="*", default=[], help=f"default, where nothing is given: {PROMPT}")
     text("--prompts", help="a file with a prompt per line, for a video each")
     add("--first", nargs="+", default=[], help="picture: first-frame instruction")
     add("--last", nargs="+", default=[], help="picture: last-frame instruction")
@@ -68,6 +69,7 @@ def parse() -> Namespace:
     for name in ("prompt", "prompts", *PICTURES, "sketch", "edit", "clips") if args.story else ():
         if vars(args)[name] != parser.get_default(name):
             raise ValueError(f"--story says what each shot is; leave out {name}")
+    args.prompt = " ".join(args.prompt) if args.prompt else None  # whoever leaves out the quotes
     if (args.sketch or args.tau is not None) and not (args.last or args.edit or args.story):
         raise ValueError("--sketch and --tau say how --last is shown: give one")
     return args
@@ -135,13 +137,32 @@ def read_videos(args: Namespace, model: PixelDance) -> list[list[story.Shot]]:
         videos = [story.read_story(args.story, model, settings)]
     else:
         videos = [[shot] for shot in read_shots(args, settings)]
-    frames, trained = videos[0][0].settings.frames, model.settings.frames
-    if frames not in (1, trained):
-        print(f"note: {frames} frames a clip, but trained on {trained}", file=sys.stderr)
-    for shot in itertools.chain(*videos):
-        if dropped := model.tokenizer.dropped_words(shot.prompt):
-            print(f"note: too long; this part is not read: {dropped}", file=sys.stderr)
+    shots = list(itertools.chain(*videos))
+    for note in dict.fromkeys(note for shot in shots for note in read_notes(shot, model)):
+        print(f"note: {note}", file=sys.stderr)
     return videos
+
+
+def read_notes(shot: story.Shot, model: PixelDance) -> Iterator[str]:
+    """What will hardly give what was meant."""
+    now, trained, tokenizer = shot.settings, model.settings, model.tokenizer
+    if now.frames not in (1, trained.frames):
+        yield f"{now.frames} frames a clip, but trained on {trained.frames}"
+    if (now.height, now.width) != (trained.height, trained.width):
+        yield f"{now.height}x{now.width}, but trained on {trained.height}x{trained.width}"
+    if (
+        now.frames > 1
+        and trained.frames > 1
+        and not model.unet.transformer_in.proj_out.weight.any()
+    ):
+        yield "the temporal layers of this model were never trained: nothing will move"
+    if now.frames > 1 and "last" in shot.pictures and "first" not in shot.pictures and shot.cut:
+        yield "a last frame, and no first: the model makes one that may not lead there"
+    if dropped := tokenizer.dropped_words(shot.prompt):
+        yield f"too long; this part is not read: {dropped}"
+    strange = [word for word, ids in tokenizer.words(shot.prompt) if len(ids) > 1]
+    if strange and len(tokenizer.vocab) < 2000:  # CLIP's has 49,408, and spells few words
+        yield f"words that this model was not taught: {' '.join(strange)}"
 
 
 def read_shots(args: Namespace, settings: Settings) -> list[story.Shot]:

@@ -518,3 +518,32 @@ def test_the_shipped_model_follows_its_words(monkeypatch):
         verdict = judge(clip, caption)
         assert verdict["colour"] and verdict["background"], (caption, verdict)
     assert torch.from_numpy(frames).float().diff(dim=1).abs().mean() > 0.1  # and something moves
+
+
+def test_a_prompt_needs_no_quotes(folder, monkeypatch, capsys):
+    words = ["a", "red", "circle", "--model", "model", "--steps", "1"]
+    code, out, _ = run(monkeypatch, capsys, sample, *words, "--out", "bare.mp4")
+    assert (code, out) == (0, "bare.mp4\n")
+    assert read_metadata("bare.mp4")["shots"][0]["prompt"] == "a red circle"
+
+
+NOTES = {
+    "words that this model was not taught: dragon": ["a red dragon"],
+    "a last frame, and no first": ["a circle", "--last", "photo.jpg"],
+    "32x16, but trained on 16x16": ["a circle", "--height", "32"],
+    "2 frames a clip, but trained on 4": ["a circle", "--frames", "2"],
+    "were never trained: nothing will move": ["a circle", "--model", "image"],
+}
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_what_will_hardly_give_what_was_meant_is_noted_once(folder, monkeypatch, capsys, note):
+    tiny_model(filled=False, timestep_spacing="trailing").save("image")  # new layers are zero
+    given = ["--steps", "1", "--clips", "2", "--out", "x.png"]
+    model = [] if "--model" in NOTES[note] else ["--model", "model"]
+    code, _, err = run(monkeypatch, capsys, sample, *NOTES[note], *model, *given)
+    assert code == 0 and err.count(note) == 1
+    code, _, err = run(
+        monkeypatch, capsys, sample, "a circle", *given[:-1], "y.png", "--model", "model"
+    )
+    assert code == 0 and "note" not in err

@@ -204,3 +204,9 @@ def test_unknown_choices_are_refused():
         Schedule(beta_schedule="cosine")
     with pytest.raises(ValueError, match="needs prediction_type v_prediction"):
         Schedule(rescale_betas_zero_snr=True)
+
+
+def test_steps_that_do_not_divide_the_schedule_begin_at_its_noisy_end():
+    for steps in (600, 30, 7, 999):
+        ts = [t for t, _ in Schedule().timesteps(steps)]  # "leading"
+        assert ts[0] >= 999 - 1000 // steps - 1 and ts[-1] == 1 and len({*ts}) == steps

@@ -316,10 +316,10 @@ def test_the_shipped_image_model_does_not_know_the_latents_of_another_vae(tmp_pa
         tiny_train("video", out=str(tmp_path), init="shipped")
 
 
-def test_another_prediction_than_the_image_models_is_noted(straight, tmp_path, capsys):
+def test_another_prediction_than_the_image_models_is_refused(straight, tmp_path):
     changes = {"init": str(straight / "image" / "model"), "prediction_type": "epsilon"}
-    tiny_train("video", out=str(tmp_path), video_steps=1, **changes)
-    assert "learned to predict v_prediction, this run epsilon" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="v_prediction, not epsilon: give --prediction_type v_pred"):
+        tiny_train("video", out=str(tmp_path), video_steps=1, **changes)
 
 
 def test_a_stage_without_its_forerunner_says_what_to_run(tmp_path):

@@ -235,16 +235,16 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str, kind: str) -> torch.dtype:
-    """For "auto" bfloat16 where the hardware multiplies it: CUDA, CPUs with AVX-512 BF16 or AMX.
-
-    Raises ValueError for any name but auto, float32 and bfloat16.
-    """
+    """For "auto" bfloat16 where the hardware multiplies it: CUDA from A100 on (a T4 emulates it),
+    CPUs with AVX-512 BF16 or AMX. Raises ValueError for any name but auto, float32 and bfloat16."""
     if name not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype is {name!r}; use auto or float32 or bfloat16")
     if name != "auto":
         return getattr(torch, name)
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if kind == "cuda" or (kind == "cpu" and supported()) else torch.float32
+    on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    is_fast = kind == "cpu" and on_cpu()
+    is_fast |= kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 def autocast(kind: str, dtype: torch.dtype):

@@ -184,7 +184,7 @@ class Batch(NamedTuple):
     captions: list[str]
     sample_ids: list[int]  # global numbers, from which all randomness of a sample comes
     names: list[str]
-    counts: Counter = Counter()  # over the samples
+    counts: dict[str, int] = {}  # over the samples
     instructions: dict[str, Tensor] = {}  # (b, f, c, h, w)
 
     def part(self, rows: slice, device) -> "Batch":

@@ -81,9 +81,9 @@ class Schedule:
         if self.timestep_spacing == "trailing":
             ts = [round(T - k * T / steps) - 1 for k in range(steps)]
         else:
-            stride = T // steps
-            offset = min(self.steps_offset, T - 1 - (steps - 1) * stride)  # T steps leave no room
-            ts = [k * stride + offset for k in reversed(range(steps))]
+            ts = [k * T // steps for k in reversed(range(steps))]  # SD's, whose steps divide T
+            offset = min(self.steps_offset, T - 1 - ts[0])  # T steps leave no room
+            ts = [t + offset for t in ts]
         return list(zip(ts, [*ts[1:], -1]))
 
     def alpha_bar_at(self, t: int) -> float:

@@ -149,8 +149,9 @@ class Machine:
 def make_optimizer(objective: nn.Module, lr: float, config: Config, machine: Machine):
     """AdamW; with --zero, its two moments of a weight live on one rank only [ZeRO, stage 1]."""
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    settings = {"lr": lr, "weight_decay": config.weight_decay, "fused": True}
-    if config.zero and machine.world_size > 1:
+    sharded = config.zero and machine.world_size > 1  # which, fused, resumes on the CPU [torch]
+    settings = {"lr": lr, "weight_decay": config.weight_decay, "fused": not sharded}
+    if sharded:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
 
         return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **settings)

@@ -71,7 +71,8 @@ class Batches:
         frames, captions, names, counts, given = zip(*samples, strict=True)
         instructions = {name: torch.stack([c[name] for c in given]) for name in given[0]}
         lists = list(captions), list(ids), list(names)
-        return Batch(step, torch.stack(frames), *lists, sum(counts, Counter()), instructions)
+        counts = dict(sum(counts, Counter()))  # torch's pinned copy of a Counter counts twice
+        return Batch(step, torch.stack(frames), *lists, counts, instructions)
 
 
 def load(dataset, workers: int, **options) -> Iterator:

@@ -86,17 +86,6 @@ def make_random_model(config: Config) -> PixelDance:
     return PixelDance(unet, vae, tower, tokenizer, Schedule())
 
 
-def describe_memory(model: PixelDance) -> str:
-    """How large the parts are, and the memory that training takes before any activation."""
-    count = sum(p.numel() for p in model.unet.parameters())
-    trained = sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for part in (model.vae, model.text_tower) for p in part.parameters())
-    # float32: the weights and their averages, and for what is trained gradients and two moments
-    size = (4 * (2 * count + frozen) + 12 * trained) / GIB
-    parts = f"a UNet of {count:,} parameters, {trained:,} of them trained; {frozen:,} frozen in "
-    return f"{parts}VAE and text tower; {size:.1f} GiB for all that, without activations"
-
-
 def measure(work: Callable[[], object]) -> float:
     """Seconds of the shortest of three runs, after one to warm up; of fewer where they are long."""
     times = []

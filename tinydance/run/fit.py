@@ -75,7 +75,7 @@ def fit(stage: Stage, config: Config, machine: Machine, signals=()) -> nn.Module
 
 def average(step: Step, stop: bool, machine: Machine) -> tuple[Step, bool, dict[str, int]]:
     """-> of all ranks, by one exchange: the step's means, whether to stop, counts of samples."""
-    values = [*step.numbers.values(), *(step.batch.counts[name] for name in COUNTED)]
+    values = [*step.numbers.values(), *(step.batch.counts.get(name, 0) for name in COUNTED)]
     # A signal may reach one rank only. The mean of the flags is then above 0 on all ranks: so all
     # of them stop, and after the same step.
     share, waited, *means = machine.mean(float(stop), step.waited, *values)

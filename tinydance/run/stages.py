@@ -24,11 +24,12 @@ from tinydance.data.cache import check_vae, find_caches
 from tinydance.data.open import Source
 from tinydance.data.order import collect_words, describe_source, format_counts
 from tinydance.model import PixelDance, Settings, read_schedule
-from tinydance.run.benchmark import benchmark, describe_memory
+from tinydance.run.benchmark import benchmark
 from tinydance.run.checkpoints import set_aside
 from tinydance.run.cli import Progress, progress
 from tinydance.run.fit import fit, note_signals, tell
 from tinydance.run.inspect import inspect
+from tinydance.run.memory import describe_memory
 from tinydance.schedulers import Schedule
 from tinydance.toy import SHIPPED_IMAGE, losses
 from tinydance.training import DiffusionLoss, Machine, Stage
@@ -120,8 +121,8 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
         return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
 
     def publish(ema: VAE) -> None:
-        vae = copy.deepcopy(ema)  # training goes on with the one that is not whitened
-        losses.whiten(vae, read_pixels(256).flatten(0, 1))
+        vae = copy.deepcopy(ema).cpu()  # training goes on with the one that is not whitened
+        losses.whiten(vae, read_pixels(256).flatten(0, 1).cpu())  # in float64, which MPS lacks
         vae.save(folder / "vae")
 
     def show(ema: VAE):
@@ -164,7 +165,7 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
     torch.manual_seed(config.seed)
     is_image, folder = name == "image", Path(config.out) / name / "model"
     is_new = is_image and config.unet != "init"
-    unet = UNet(NETWORKS[config.unet]["unet"]) if is_new else load_unet(name, config, machine)
+    unet = UNet(NETWORKS[config.unet]["unet"]) if is_new else load_unet(name, config)
     unet.set_gradient_checkpointing(config.gradient_checkpointing)
     if config.train == "temporal":  # what the paper adds to an image model [Make-Your-Video]
         for key, parameter in unet.named_parameters():
@@ -177,7 +178,7 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
     settings = replace(settings, frames=1 if is_image else config.frames)
     model = PixelDance(unet, vae, tower, tokenizer, schedule, settings).to(machine.device)
     settings.check(model)  # raises before anything is trained
-    tell(machine, f"stage {name}: {describe_memory(model)}")
+    tell(machine, f"stage {name}: {describe_memory(model, config, machine)}")
 
     def is_image_step(step: int) -> bool:
         every = config.image_every if config.train == "all" else 0  # images train no temporal layer
@@ -226,13 +227,14 @@ def load_frozen(kind: type[nn.Module], part: str, config: Config) -> nn.Module:
     return kind.from_folder(find_part(part, config)).requires_grad_(False).eval()
 
 
-def load_unet(name: str, config: Config, machine: Machine) -> UNet:
-    """The UNet to start from; a line is printed where it was trained to predict something else."""
+def load_unet(name: str, config: Config) -> UNet:
+    """The UNet to start from. Raises ValueError where it learned to predict something else."""
     folder, now = find_part("unet", config, name), config.prediction_type
     scheduler = folder.parent / "scheduler"
     before = read_schedule(scheduler).prediction_type if scheduler.exists() else now
     if before != now:
-        tell(machine, f"note: the UNet in {folder} learned to predict {before}, this run {now}")
+        cure = f"give --prediction_type {before}, or start elsewhere"
+        raise ValueError(f"the UNet in {folder} learned to predict {before}, not {now}: {cure}")
     return UNet.from_folder(folder)
 
 

@@ -1,0 +1,237 @@
+"""What runs on a GPU runs on a device that is not there (`pretend.py`), or a test says why not."""
+
+import inspect
+import sys
+import textwrap
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from pretend import OnDevice, pretend
+from reference import tiny_model
+from tiny_training import tiny_train
+from torch import nn
+from torch.utils.data._utils.pin_memory import pin_memory
+
+import sample
+from tinydance import model, noise, training
+from tinydance.config import choose_dtype, make_config
+from tinydance.data.batches import Batches
+from tinydance.run import benchmark, stages
+from tinydance.toy import ToyWorld, World, evaluate
+from tinydance.video import strips
+from tinydance.video.write import save_video
+
+KINDS = ("cuda", "mps")
+
+
+# One step or two of each stage, the last one drawn; the third of "video" is an image step.
+SHORT = {"vae_steps": 1, "text_steps": 1, "image_steps": 1, "video_steps": 3}
+SHORT |= {"batch": 2, "image_batch": 2, "steps": 2, "save_every": 3, "frames": 3}
+
+
+def train_all(out, kind, stage="all", **changes):
+    given = {"out": str(out), "device": kind, "compile": "off"}
+    tiny_train(stage, dropout=0.0, **SHORT | given | changes)
+
+
+def read_state(out):
+    return torch.load(out / "video/checkpoints/step_00000003/state.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_stage_trains_draws_saves_and_resumes(tmp_path, kind):
+    with pretend(kind):
+        train_all(tmp_path / kind, kind)
+        train_all(tmp_path / kind, kind, stage="video", dtype="bfloat16", video_steps=4)
+    pictures = {path.name for path in (tmp_path / kind / "video/samples").iterdir()}
+    assert pictures == {"step_00000003.png", "step_00000004.png"}
+    if kind == "cuda":  # what is pretended computes what the CPU does
+        train_all(tmp_path / "cpu", "cpu")
+        one, two = (read_state(tmp_path / name)["ema"] for name in (kind, "cpu"))
+        assert max((one[name] - two[name]).abs().max() for name in two) < 1e-4
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a tiny model, pictures, a video, and a story."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model(timestep_spacing="trailing", prediction_type="v_prediction").save("model")
+    frames = torch.randint(256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    for name in ("a.png", "b.png", "clip.mp4", "clips/one.mp4", "clips/two.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_video(frames.to(torch.uint8)[: 1 if ".png" in name else 4], name)
+    (tmp_path / "film.toml").write_text('shot = [{prompt = "a red circle"}, {last = "b.png"}]')
+    return tmp_path
+
+
+INSTRUCTIONS = {
+    "text": ["a red circle moves left"],
+    "first": ["", "--first", "a.png"],
+    "first, last": ["a circle", "--first", "a.png", "--last", "b.png", "--guidance", "1"],
+    "sketch": ["a circle", "--first", "a.png", "--last", "b.png", "--sketch", "--clips", "2"],
+    "edit": ["a circle", "--edit", "clip.mp4"],
+    "story": ["--story", "film.toml"],
+    "another's first frame": ["a circle", "--t2i", "model", "--sampler", "ddpm"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_instruction_gives_the_pictures_that_a_cpu_gives(folder, monkeypatch, kind):
+    for name, words in INSTRUCTIONS.items():
+        for device in (kind, "cpu") if kind == "cuda" else (kind,):
+            given = ["--model", "model", "--steps", "2", "--dtype", "float32", "--device", device]
+            argv = ["sample.py", *words, *given, "--out", f"{name} {device}.png"]
+            monkeypatch.setattr(sys, "argv", argv)
+            with pretend(kind):
+                sample.main()
+        if kind == "cuda":
+            pair = (np.array(Image.open(f"{name} {x}.png"), np.int16) for x in (kind, "cpu"))
+            assert np.abs(next(pair) - next(pair)).max() <= 2, name  # of 255: another rounding
+
+
+def test_latents_are_cached_and_trained_on(folder, kind="cuda"):
+    given = {"init": "model", "unet": "init", "frames": 4}
+    with pretend(kind):
+        train_all("latents", kind, data="clips", stage="latents", **given)
+        train_all("run", kind, data="latents", stage="video", **given)
+    assert (folder / "run/video/samples/step_00000003.png").exists()
+
+
+def test_a_model_is_evaluated(folder, monkeypatch, capsys, kind="cuda"):
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate", "--model", "model", "--clips", "1", "--steps", "1"]
+    )
+    with pretend(kind):
+        evaluate.main()
+    assert "| text, first, last |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_timed(tmp_path, monkeypatch, capsys, kind):
+    # Not here: the counter of arithmetic, which asks torch itself for tensors of the device; and
+    # the matrix products, in sizes for a GPU.
+    monkeypatch.setattr(benchmark, "measure_matmul", lambda machine: 1.0)
+    monkeypatch.setattr(benchmark, "count_flops", lambda work: work() is None or 1)
+    monkeypatch.setattr(benchmark, "measure", lambda work: work() is None or 1.0)
+    with pretend(kind):
+        train_all(tmp_path, kind, stage="benchmark")
+    assert f"preset toy on {kind}" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- faults that were there
+def put_back(monkeypatch, owner, name, now, then):
+    """Make a function of a module, or a method, what it was before it was mended."""
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    assert source.count(now) == 1, source
+    scope = dict(vars(sys.modules[getattr(owner, name).__module__]))
+    exec(source.replace(now, then), scope)
+    monkeypatch.setattr(owner, name, scope[name])
+
+
+def strip(tmp_path):
+    strips.film_strip([torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device=OnDevice.kind)])
+
+
+def vae_stage(tmp_path):
+    train_all(tmp_path, OnDevice.kind, stage="vae")
+
+
+def video_stage(tmp_path):
+    train_all(tmp_path, OnDevice.kind)
+
+
+FAULTS = {
+    "a film strip of a device's tensor": (
+        ("cuda", strip, strips, "scaled_pictures"),
+        (".cpu().numpy()", ".numpy()", "can't convert cuda:0"),
+    ),
+    "whitening in float64": (
+        ("mps", vae_stage, stages, "vae_stage"),
+        (".flatten(0, 1).cpu())", ".flatten(0, 1))", "float64|one device"),
+    ),
+    "whitening of weights in float64": (
+        ("mps", vae_stage, stages, "vae_stage"),
+        ("deepcopy(ema).cpu()", "deepcopy(ema)", "float64|one device"),
+    ),
+    "noise by a generator of the host": (
+        ("cuda", video_stage, noise, "draw"),
+        ("generator=g)", "generator=g, device=device)", "'cuda' generator"),
+    ),
+    "words that stay on the host": (
+        ("cuda", video_stage, model.PixelDance, "encode_text"),
+        (".to(self.device)", "", "all tensors must be on one device"),
+    ),
+    "a choice that stays on the host": (
+        ("cuda", video_stage, training.DiffusionLoss, "forward"),
+        ("(u_last >= config.eta).to(device)", "u_last >= config.eta", "must be on one device"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_is_put_back_is_found(tmp_path, monkeypatch, fault):
+    (kind, work, *function), (now, then, message) = FAULTS[fault]
+    put_back(monkeypatch, *function, now, then)
+    monkeypatch.setattr(training, "draw", noise.draw)  # others know these two by their own name
+    monkeypatch.setitem(stages.STAGES, "vae", stages.vae_stage)
+    with pretend(kind), pytest.raises((TypeError, RuntimeError), match=message):
+        work(tmp_path)
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """A process group of one, that stands for two."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield SimpleNamespace(world_size=2)
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("mended", [True, False])
+def test_sharded_moments_resume_on_a_gpu(tmp_path, monkeypatch, alone, mended):
+    """Of fused Adam, ZeRO brings the number of steps back on the host, where the kernel refuses it
+    [pytorch issue 124133]."""
+    if not mended:
+        put_back(monkeypatch, training, "make_optimizer", "not sharded", "True")
+    with pretend("cuda"):
+        stage = SimpleNamespace(objective=nn.Linear(3, 4).to("cuda"), lr=0.1)
+
+        def step():
+            stage.objective(torch.ones(2, 3, device="cuda")).sum().backward()
+            optimizer.step()
+
+        fields = make_config("toy", zero=True), alone
+        optimizer = training.make_optimizer(stage.objective, 0.1, *fields)
+        step()
+        optimizer.consolidate_state_dict(to=0)
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+        optimizer = training.make_optimizer(stage.objective, 0.1, *fields)
+        optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        if mended:
+            step()
+        else:
+            with pytest.raises(RuntimeError, match="must be on one device"):
+                step()
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_bad_samples_count_once_in_a_pinned_batch(monkeypatch, mended):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, device=None: self)
+    batch = Batches(ToyWorld(0, World(16, 2)))[0, "clip", range(2)]
+    counts = {"damaged": 2} if mended else Counter(damaged=2)
+    assert type(batch.counts) is dict
+    pinned = pin_memory(batch._replace(counts=counts))
+    assert pinned.counts["damaged"] == (2 if mended else 4)
+
+
+def test_a_card_that_emulates_bfloat16_computes_in_float32():
+    with pretend("cuda", bfloat16=False):
+        assert choose_dtype("auto", "cuda") == torch.float32
+    with pretend("cuda"):
+        assert choose_dtype("auto", "cuda") == torch.bfloat16
+    assert choose_dtype("auto", "mps") == torch.float32
