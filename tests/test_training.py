@@ -318,7 +318,9 @@ def test_the_shipped_image_model_does_not_know_the_latents_of_another_vae(tmp_pa
 
 def test_another_prediction_than_the_image_models_is_refused(straight, tmp_path):
     changes = {"init": str(straight / "image" / "model"), "prediction_type": "epsilon"}
-    with pytest.raises(ValueError, match="v_prediction, not epsilon: give --prediction_type v_pred"):
+    with pytest.raises(
+        ValueError, match="v_prediction, not epsilon: give --prediction_type v_pred"
+    ):
         tiny_train("video", out=str(tmp_path), video_steps=1, **changes)
 
 
@@ -732,6 +734,6 @@ def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_capt
 
 def test_batches_do_not_repeat_between_clip_and_image_steps():
     source = ToyWorld(0, World(16, 4))
-    stream = batches(source, 0, 4, 2, is_image_step=lambda step: step % 2 == 1, image_batch=3)
+    stream = batches(source, 0, 4, 2, image_every=2, image_batch=3)
     sample_ids = [n for batch in stream for n in batch.sample_ids]
     assert len(set(sample_ids)) == len(sample_ids) == 10

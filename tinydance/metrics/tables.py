@@ -140,26 +140,6 @@ def measure_lines(lines: list[Line], args, ruler: Ruler) -> Iterator[Row]:
         yield line.label(), figures, clips
 
 
-def measure_ladder(args, ruler: Ruler) -> Iterator[Row]:
-    """Clips that are worse and worse, and true ones reversed: does a figure tell?"""
-    model, rng = load(args.model), np.random.default_rng(args.seed)
-    scenes = measure.sample_hidden(args.seed, args.clips)
-    truth = np.stack(evaluate.render_all(model, scenes))
-    made = evaluate.make_clips(model, evaluate.ROWS[TF], scenes, args.seed)
-    tiles = truth.reshape(*truth.shape[:3], truth.shape[3] // 4, 4, -1, 4).mean((4, 6))
-    rungs = {
-        "true clips": truth,
-        "through the VAE": [*measure.make_round_trip(model, list(truth))],
-        "made from text, first": [c for c, *_ in progress(made, "made", "clip", args.clips)],
-        "tiles of 4 x 4": tiles.repeat(4, 3).repeat(4, 4).astype(np.uint8),
-        "frames shuffled": [rng.permutation(clip) for clip in truth],
-        "noise": rng.integers(256, size=truth.shape, dtype=np.uint8),
-        "true clips reversed": truth[:, ::-1].copy(),
-    }
-    for name, clips in rungs.items():
-        yield name, ruler(np.stack(clips)), np.stack(clips)
-
-
 def measure_windows(args, ruler: Ruler) -> Iterator[Row]:
     """Long videos, clip by clip, each from the last frame of the one before [paper §4.4, Fig. 8]:
     that frame carried over as a latent, as pixels, or as a latent without noise on it."""
@@ -200,12 +180,9 @@ def find_models(name: str, args) -> list[Path]:
     return [folder / "video/model" for folder in folders]
 
 
-OTHERS = {"ladder": measure_ladder, "figure8": measure_windows}
-
-
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("table", choices=[*TABLES, *OTHERS])
+    parser.add_argument("table", choices=[*TABLES, "figure8"])
     parser.add_argument("--model", default=SHIPPED, help="model folder; default: the shipped one")
     parser.add_argument("--clips", type=int, default=200, help="clips per row; default: 200")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other hidden clips")
@@ -217,16 +194,16 @@ def main() -> None:
     with torch.no_grad(), autocast(device, choose_dtype("auto", device)):
         real = measure.sample_hidden(500 + args.seed, args.clips)
         ruler = Ruler(np.stack(evaluate.render_all(load(args.model), real)), device)
-        lines = TABLES.get(args.table)
-        found = measure_lines(lines, args, ruler) if lines else OTHERS[args.table](args, ruler)
-        rows = list(found)
+        lines = TABLES.get(args.table, [])
+        measured = measure_lines(lines, args, ruler) if lines else measure_windows(args, ruler)
+        rows = list(measured)
     names = list(dict.fromkeys(name for _, figures, _ in rows for name in figures))
     cells = [
         [label, *(evaluate.format_cell(name, figures.get(name)) for name in names)]
         for label, figures, _ in rows
     ]
     about = [f"{n}: {detector.describe()}" for n, detector in ruler.detectors.items()]
-    about += [f"{x.label()}: in the paper {x.paper}" for x in lines or [] if x.paper]
+    about += [f"{x.label()}: in the paper {x.paper}" for x in lines if x.paper]
     print("\n".join([measure.format_table([args.table, *names], cells), *about]))
     if args.out:
         figures = {label: figures for label, figures, _ in rows}
