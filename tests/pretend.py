@@ -24,6 +24,7 @@ class OnDevice(torch.Tensor):
     """A tensor on the device that is not there. `host` holds its numbers."""
 
     kind = "cuda"
+    waits = 0  # how often a number went to the host, which waits for it
     device = property(lambda self: torch.device(self.kind, 0))
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -46,6 +47,7 @@ class OnDevice(torch.Tensor):
                 raise RuntimeError(
                     f"{func}: all tensors must be on one device, not cpu, {cls.kind}"
                 )
+        OnDevice.waits += func is OPS._local_scalar_dense.default
         out = func(*tree_map(to_host, args), **tree_map(to_host, kwargs))
         if func is OPS.copy_.default:
             return args[0]
@@ -57,6 +59,10 @@ class OnDevice(torch.Tensor):
         )
 
     __array__ = numpy
+
+    def tolist(self):
+        OnDevice.waits += 1
+        return self.host.tolist()
 
     def __reduce_ex__(self, protocol):  # in a file, a tensor's device matters little
         return self.host.__reduce_ex__(protocol)

@@ -21,7 +21,7 @@ import sample
 from tinydance import model, noise, training
 from tinydance.config import choose_dtype, make_config
 from tinydance.data.batches import Batches
-from tinydance.run import benchmark, stages
+from tinydance.run import benchmark, fit, stages
 from tinydance.toy import ToyWorld, World, evaluate
 from tinydance.video import strips
 from tinydance.video.write import save_video
@@ -54,6 +54,20 @@ def test_every_stage_trains_draws_saves_and_resumes(tmp_path, kind):
         train_all(tmp_path / "cpu", "cpu")
         one, two = (read_state(tmp_path / name)["ema"] for name in (kind, "cpu"))
         assert max((one[name] - two[name]).abs().max() for name in two) < 1e-4
+
+
+def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
+    waits = []
+
+    def count(*args):
+        for step in training.training_steps(*args):
+            waits.append(OnDevice.waits)
+            yield step
+
+    monkeypatch.setattr(fit, "training_steps", count)
+    with pretend("cuda"):
+        train_all(tmp_path, "cuda", video_steps=6, save_every=9, micro_batch=1)
+    assert np.diff(waits[-5:]).tolist() == [1, 1, 1, 1]  # of clips and of images
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import copy
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -228,22 +227,23 @@ def training_steps(
         # -------------------------------------------------------------------- the step
         optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW leaves what has no gradient
         size = micro_batch(stage, batch, config, machine)
-        numbers = backward(step_loss, batch, size, machine)
-        grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad)
-        if torch.isfinite(grad_norm):  # the same on all ranks, because their gradients are
+        totals = backward(step_loss, batch, size, machine)
+        totals["norm"] = nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad)
+        *told, norm = torch.stack([*totals.values()]).tolist()  # the one time we wait for a GPU
+        if math.isfinite(norm):  # the same on all ranks, because their gradients are
             optimizer.step()
             update_ema(ema, stage.trained, batch.step, config.ema)
         # ------------------------------------------------------------------------------
-        yield Step(batch.step + 1, numbers, float(grad_norm), lr, batch, waited)
+        yield Step(batch.step + 1, dict(zip(totals, told)), norm, lr, batch, waited)
         begun = time.perf_counter()
 
 
-def backward(step_loss: nn.Module, batch: Batch, size: int, machine: Machine) -> dict[str, float]:
+def backward(step_loss: nn.Module, batch: Batch, size: int, machine: Machine) -> dict[str, Tensor]:
     """Leave the gradients of this rank's mean loss, `size` samples at a time; -> its numbers.
 
     A part counts by its share of the batch, so that gradients add up to those of one pass.
     """
-    count, totals = len(batch.captions), Counter()
+    count, totals = len(batch.captions), {}
     for i in range(0, count, size):
         part = batch.part(slice(i, i + size), machine.device)
         share, is_last = len(part.captions) / count, i + size >= count
@@ -254,8 +254,8 @@ def backward(step_loss: nn.Module, batch: Batch, size: int, machine: Machine) ->
                 numbers = step_loss(part)
             (numbers["loss"] * share).backward()
         for name, number in numbers.items():
-            totals[name] += (number.detach() * share).item()
-    return dict(totals)
+            totals[name] = totals.get(name, 0) + number.detach().float() * share
+    return totals
 
 
 def micro_batch(stage: Stage, batch: Batch, config: Config, machine: Machine) -> int:
