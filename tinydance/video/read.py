@@ -25,7 +25,7 @@ MAX_PIXELS = 50_000_000  # of a picture or a frame: a 10 KB file can claim gigab
 
 # A "video" can be a playlist that names other files or hosts. So FFmpeg gets an open file, never a
 # name, may open nothing itself (no protocol), and knows only formats that hold their own pictures.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,flv,mpeg,mpegvideo,asf,ogg,gif"
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,flv,mpeg,asf,ogg,gif,apng"
 SAFELY = {"protocol_whitelist": "none", "format_whitelist": FORMATS, "max_pixels": str(MAX_PIXELS)}
 REASONS = "missing unsafe not_a_video no_video_stream not_a_picture too_large too_slow".split()
 REASONS += ["too_short", "damaged"]
