@@ -172,12 +172,18 @@ def read_shots(args: Namespace, settings: Settings) -> list[story.Shot]:
     if args.edit:
         # "editing the first frame and the last frame of the provided video" [paper §4.5]: what is
         # between is made anew, in as many frames as the video lasts, or --frames of them.
+        pictures = sorted(Path(args.edit).glob("*.png"))  # where it is a folder of frames
         try:
             if args.frames is None:
-                frames = max(2, pictures_in(read_seconds(args.edit), settings.fps))
+                seconds = len(pictures) / settings.fps if pictures else read_seconds(args.edit)
+                frames = max(2, pictures_in(seconds, settings.fps))
                 settings = replace(settings, frames=frames)
             times = 0.0, (settings.frames - 1) / settings.fps
-            ends = [read_clip(args.edit, time, 1, settings.fps, size)[0] for time in times]
+            if pictures:
+                last = min(settings.frames, len(pictures)) - 1
+                ends = [read_image(pictures[n], size) for n in (0, last)]
+            else:
+                ends = [read_clip(args.edit, time, 1, settings.fps, size)[0] for time in times]
         except BadSample as error:
             raise ValueError(f"{args.edit}: {error}") from None
         lists = {name: lists[name] or [end] for name, end in zip(PICTURES, ends)}

@@ -158,7 +158,7 @@ def test_a_cache_of_another_vae_or_size_is_refused(videos, model, cache, tmp_pat
         next(write_cache(files(copy_one(videos, tmp_path)), model[0].vae, cache, "x"))
     with pytest.raises(ValueError, match=r"fps \(16, 16, 4\); this run has \(32, 16, 4\)"):
         Latents(cache, (32, 16), 4)
-    other_model = tiny_model()
+    other_model = tiny_model(prediction_type="v_prediction")
     other_model.vae = other
     other_model.save(tmp_path / "model")
     with pytest.raises(ValueError, match="made with another VAE"):

@@ -547,3 +547,13 @@ def test_what_will_hardly_give_what_was_meant_is_noted_once(folder, monkeypatch,
         monkeypatch, capsys, sample, "a circle", *given[:-1], "y.png", "--model", "model"
     )
     assert code == 0 and "note" not in err
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.apng", "x/"])
+def test_what_was_made_can_be_edited(folder, monkeypatch, capsys, name):
+    frames = torch.arange(0, 240, 40, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 16, 16)
+    save_video(frames, name, fps=4)
+    [[shot]], _ = read_shots(monkeypatch, capsys, "--edit", name, "--model", "model")
+    assert shot.settings.frames == 6
+    given = [int(shot.pictures[end].float().mean().round()) for end in ("first", "last")]
+    assert given == pytest.approx([0, 200], abs=4)

@@ -268,6 +268,36 @@ def test_pictures_of_their_own_serve_the_image_steps(good, tmp_path):
     assert (images.frames == torch.tensor([9, 200, 30], dtype=torch.uint8)[:, None, None]).all()
 
 
+SEEN = {  # suffix: what PyAV's own codecs write into it
+    ".3gp": {"codec": "mpeg4", "options": {}},
+    ".flv": {"codec": "flv1", "options": {"g": "12"}},
+    ".mpg": {"codec": "mpeg1video", "options": {"g": "12"}},
+    ".mpeg": {"codec": "mpeg2video", "options": {"g": "12"}},
+    ".m2ts": {},
+    ".mts": {},
+    ".wmv": {"codec": "wmv2", "options": {"g": "12"}},
+    ".ogv": {"codec": "libvpx", "options": {"deadline": "realtime"}},
+}
+
+
+@pytest.mark.parametrize("suffix", SEEN)
+def test_a_folder_shows_videos_of_every_usual_suffix(tmp_path, suffix):
+    make_video(tmp_path / f"one{suffix}", frames=110, muxing={}, **SEEN[suffix])
+    clip = open_data(str(tmp_path)).sample(0)
+    assert clip.name.endswith(suffix) and not counts([clip])
+    shown = numbers(clip.frames)
+    assert len({*shown}) == len(shown) and sorted(shown) == shown
+
+
+def test_a_table_of_hugging_face_is_read(good, tmp_path):
+    table = good / "metadata.csv"
+    table.write_text("file_name,text\na.mp4,a cat\ninner/d.MOV,a dog\n")
+    source = open_data(str(table))
+    captions = {source.sample(n).caption for n in range(4)}
+    table.unlink()
+    assert captions == {"a cat", "a dog"}
+
+
 # --------------------------------------------------------------------------------------------------
 # Order and mixtures
 
@@ -354,6 +384,10 @@ def test_weights_stand_behind_a_colon_and_tar_files_are_one_source(tmp_path, mon
     assert parse_data("shards/*.tar:2|shards") == [(tars, 2), (tars, None)]
     with pytest.raises(ValueError, match="above 0"):
         parse_data("a:-1")
+    some = [Path(f"shards/{n}.tar") for n in ("08", "09", "10")]
+    assert parse_data("shards/{08..10}.tar") == [(some, None)]
+    with pytest.raises(ValueError, match="b.tar.gz: packed tars .* gunzip"):
+        parse_data("b.tar.gz")
 
 
 def test_sources_without_weights_count_by_their_samples_and_some_weights_are_refused(good, mixed):

@@ -101,7 +101,7 @@ def test_a_folder_of_them_all_is_inspected_cached_and_trained_on(clip, model, tm
     told = capsys.readouterr().out
     assert f"of {len(VIDEOS) + 1} rows read" in told and "not_a_video, such as" in told
     assert len(Latents(tmp_path / "cache", (FIELDS["height"], FIELDS["width"]), 4)) == 1
-    tiny_train("video", video_steps=4, **given)
+    tiny_train("video", video_steps=4, prediction_type="epsilon", **given)
     assert (tmp_path / "run" / "video" / "model").is_dir()
 
 

@@ -118,7 +118,7 @@ def test_webvids_columns_keep_their_zeros(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("path,text\na.mp4,x\n", "no columns path and caption among .'path', 'text'"),
+        ("path,words\na.mp4,x\n", "no columns path and caption among .'path', 'words'"),
         ("", "no columns path and caption among"),
         ("path,caption\n", "no row below"),
         ("path,caption\na.mp4,x\nb.mp4,a dog, running\n", "line 3: not 2 columns"),

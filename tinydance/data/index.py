@@ -23,6 +23,7 @@ from tinydance.data.rows import MAX_TEXT, Row, Video, confine
 from tinydance.weights.untrusted import open_file
 
 WEBVID = {"videoid", "page_dir", "name"}  # the columns of its CSV
+HUGGING_FACE = {"file_name": "path", "text": "caption"}  # its names for ours
 
 
 def untracked(items: Iterable, what: str, unit: str) -> Iterable:
@@ -71,7 +72,8 @@ class Folder:
 
 
 class Table:
-    """A CSV with the columns path, caption and maybe start and end in seconds, or with WebVid's.
+    """A CSV with the columns path, caption and maybe start and end in seconds; or Hugging Face's
+    file_name and text; or WebVid's.
     Raises ValueError, with the line's number, where a column is missing or a line is damaged."""
 
     def __init__(self, path: str | Path, kind: type[Row] = Video, track=untracked):
@@ -82,7 +84,8 @@ class Table:
                 file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
                 lines = (line.decode("utf-8") for line in track(file, "indexing", "line"))
                 reader = csv.DictReader(lines, strict=True)
-                self.columns = [name.strip().lower() for name in reader.fieldnames or []]
+                names = (name.strip().lower() for name in reader.fieldnames or [])
+                self.columns = [HUGGING_FACE.get(name, name) for name in names]
                 reader.fieldnames = self.columns
                 if not any(names <= {*self.columns} for names in (WEBVID, {"path", "caption"})):
                     raise ValueError(f"no columns path and caption among {self.columns}")

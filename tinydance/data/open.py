@@ -59,7 +59,8 @@ def open_one(name: str | list[Path], kind: type, config: Config, track) -> ToyWo
 
 def parse_data(text: str) -> list[tuple[str | list[Path], float | None]]:
     """From "a.csv:0.95|b" to [("a.csv", 0.95), ("b", None)]. A folder of tar files, or a pattern
-    such as laion/*.tar, is the list of what it holds; all without a weight are one source."""
+    such as laion/*.tar or {000..122}.tar, is the list of what it holds; those without a weight are
+    one source."""
     named, loose = [], []
     for name in text.split("|"):
         weight = None
@@ -68,7 +69,10 @@ def parse_data(text: str) -> list[tuple[str | list[Path], float | None]]:
             name, weight = found[1], float(found[2])
             if not weight > 0:
                 raise ValueError(f"{found[0]}: the weight must be above 0")
-        tars = sorted(map(Path, glob.glob(name) or [name]))
+        if name.lower().endswith((".tar.gz", ".tgz")):
+            raise ValueError(f"{name}: packed tars cannot be read here and there; unpack: gunzip")
+        parts = expand(name)
+        tars = sorted(Path(path) for part in parts for path in glob.glob(part) or [part])
         if len(tars) == 1 and tars[0].is_dir():
             tars = sorted(tars[0].glob("*.tar"))
         if not tars or any(path.suffix != ".tar" for path in tars):
@@ -78,3 +82,12 @@ def parse_data(text: str) -> list[tuple[str | list[Path], float | None]]:
         else:
             named.append((tars, weight))
     return named + ([(loose, None)] if loose else [])
+
+
+def expand(name: str) -> list[str]:
+    """ "{000..122}.tar" as the names that webdataset means by it."""
+    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", name)
+    if found is None:
+        return [name]
+    before, first, last, after = found.groups()
+    return [f"{before}{n:0{len(first)}}{after}" for n in range(int(first), int(last) + 1)]

@@ -58,7 +58,8 @@ class Row:
 
 class Video(Row):
     what = "videos"
-    suffixes = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".ts")
+    suffixes = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".gif")
+    suffixes += (".3gp", ".flv", ".ogv", ".mpg", ".mpeg", ".wmv")
 
     def read(self, choose_start: Callable[[float], float], frames, fps, size, at) -> Tensor:
         """A clip, uint8 (frames, 3, *size), cropped at the place `at`, see `resize_crop`.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tinydance.conditioning import ask
 from tinydance.config import Config
 from tinydance.model import PixelDance
 from tinydance.training import Machine
@@ -80,11 +81,14 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
 
 def count_activations(config: UNetConfig, shape, text, dtype: torch.dtype, again: bool):
     """-> bytes that one pass keeps for its backward; and bytes of the weights' copies in `dtype`.
-    shape: of z (b, f, c, h, w); text: of c_text. again: with gradient checkpointing, where the
+    shape: of clips (b, f, h, w); text: of c_text. again: with gradient checkpointing, where the
     largest layer is kept as well, when its turn comes to be computed again."""
+    n, f, *size = shape
     with torch.device("meta"):
         unet = UNet(config).train()
-        given = torch.empty(shape), torch.zeros(shape[0], dtype=torch.int64), torch.empty(text)
+        z_t, t = torch.empty(n, f, config.out_channels, *size), torch.zeros(n, dtype=torch.int64)
+        c_image = torch.empty(n, f, config.in_channels - config.out_channels, *size)
+        c_text = torch.empty(text)
     unet.set_gradient_checkpointing(again)
     layers, weights = [], list(unet.parameters())
 
@@ -97,7 +101,7 @@ def count_activations(config: UNetConfig, shape, text, dtype: torch.dtype, again
         if again and hasattr(block, "run_layer"):
             block.run_layer = partial(run_layer, block.run_layer)
     with Kept() as kept, Autocast(dtype) as cast:
-        unet(*given)
+        ask(unet, z_t, t, c_text, {"c_image": c_image})
     weights += cast.copies.values()
     largest = max((layer.bytes(weights) for layer in layers), default=0)
     return kept.bytes(weights) + largest, sum(x.nbytes for x in cast.copies.values())
@@ -123,7 +127,7 @@ def describe_memory(model: PixelDance, config: Config, machine: Machine) -> str:
     text, again = (tower.max_position_embeddings, tower.hidden_size), config.gradient_checkpointing
 
     def kept(n: int) -> tuple[int, int]:
-        shape = n, frames, model.unet.config.in_channels, *size
+        shape = n, frames, *size
         return count_activations(model.unet.config, shape, (n, *text), machine.dtype, again)
 
     (one, copies), (two, _) = kept(1), kept(2)

@@ -25,7 +25,7 @@ MAX_PIXELS = 50_000_000  # of a picture or a frame: a 10 KB file can claim gigab
 
 # A "video" can be a playlist that names other files or hosts. So FFmpeg gets an open file, never a
 # name, may open nothing itself (no protocol), and knows only formats that hold their own pictures.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts"
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,flv,mpeg,asf,ogg,gif,apng"
 SAFELY = {"protocol_whitelist": "none", "format_whitelist": FORMATS, "max_pixels": str(MAX_PIXELS)}
 REASONS = "missing unsafe not_a_video no_video_stream not_a_picture too_large too_slow".split()
 REASONS += ["too_short", "damaged"]
@@ -177,11 +177,12 @@ def read_seconds(source: Video) -> float:
 
 def read_length(container, stream) -> float:
     """In seconds, as the file states it; a damaged file may hold less."""
-    if stream.duration is not None:
+    is_guess = container.format.name == "mpeg"  # .mpg states none; FFmpeg's guess is too short
+    if stream.duration is not None and not is_guess:
         return float(stream.duration * stream.time_base)
-    if container.duration is not None:  # webm and mkv state the length of the whole file only
+    if container.duration is not None and not is_guess:  # webm and mkv state that of the whole file
         return container.duration / av.time_base
-    # A recording that was not closed properly states none: look at the time of every packet.
+    # Nor does a recording that was not closed properly: look at the time of every packet.
     packets = (packet for packet in container.demux(stream) if packet.pts is not None)
     end = max((packet.pts + (packet.duration or 0) for packet in packets), default=0)
     container.seek(0)
