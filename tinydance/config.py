@@ -118,7 +118,6 @@ class Config:
         "auto", "of autocast; weights stay float32"
     )
     compile: Literal["auto", "on", "off"] = free("auto", "torch.compile; auto: on with CUDA")
-    zero: bool = free(False, "each rank keeps a share of Adam's moments [ZeRO, stage 1]")
     gradient_checkpointing: bool = free(False, "less memory for a third more time")
     timeout: float = free(30, "minutes that the other ranks wait for one that hangs", high=10**6)
     workers: int = free(4, "processes that read data, on each rank")

@@ -9,7 +9,6 @@ Not here: which stages there are (`run/stages.py`); weights sharded over devices
 """
 
 import contextlib
-import copy
 import math
 import os
 import time
@@ -124,7 +123,8 @@ class Machine:
         """Compile the trained part; average gradients over the ranks after each backward pass."""
         if self.compile:
             # In place: names keep no prefix, and the averaged copy stays uncompiled. Not dynamic:
-            # one graph for clips, one for images.
+            # one graph for clips, one for images, which DDP would cut every 25 MB of gradients.
+            torch._dynamo.config.optimize_ddp = False
             trained.compile(dynamic=False)
         if self.world_size == 1:
             return objective
@@ -150,18 +150,6 @@ class Machine:
     def close(self) -> None:
         if self.world_size > 1:
             dist.destroy_process_group()
-
-
-def make_optimizer(objective: nn.Module, lr: float, config: Config, machine: Machine):
-    """AdamW; with --zero, its two moments of a weight live on one rank only [ZeRO, stage 1]."""
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    sharded = config.zero and machine.world_size > 1  # which, fused, resumes on the CPU [torch]
-    settings = {"lr": lr, "weight_decay": config.weight_decay, "fused": not sharded}
-    if sharded:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
-
-        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **settings)
-    return torch.optim.AdamW(parameters, **settings)
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -192,24 +180,44 @@ class Step(NamedTuple):
 
 
 class Trainee:
-    """What training changes, and a checkpoint holds: weights, their averages, Adam's moments."""
+    """What training changes, and a checkpoint holds: weights, their averages, Adam's moments.
+
+    Every rank has all weights. The average and the moments of a weight live on one rank, its owner,
+    which steps it, sends it to the others and writes it into checkpoints [ZeRO, stage 1].
+    """
 
     def __init__(self, stage: Stage, config: Config, machine: Machine):
+        self.machine, self.trained = machine, stage.trained
         self.objective = stage.objective.to(machine.device).train()
-        self.ema = copy.deepcopy(stage.trained).eval().requires_grad_(False)
-        self.optimizer = make_optimizer(stage.objective, stage.lr, config, machine)
+        weights = self.objective.named_parameters()
+        self.weights = {name: p for name, p in weights if p.requires_grad}
+        self.owners = share_out(self.weights, machine.world_size)
+        own = [name for name, owner in self.owners.items() if owner == machine.rank]
+        self.own = {name: self.weights[name] for name in own}
+        self.ema = {name: p.detach().clone() for name, p in self.own.items()}
+        settings = {"lr": stage.lr, "weight_decay": config.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW([*self.own.values()], **settings)
 
-    def gather(self) -> None:
-        """Bring sharded moments to rank 0, which saves. All ranks call it, before `state`."""
-        if hasattr(self.optimizer, "consolidate_state_dict"):
-            self.optimizer.consolidate_state_dict(to=0)
+    @torch.no_grad()
+    def step(self, step: int, decay: float) -> None:
+        """One step of AdamW by the gradients, which are the same on all ranks."""
+        self.optimizer.step()
+        for rank in range(self.machine.world_size) if self.machine.world_size > 1 else ():
+            part = [p for name, p in self.weights.items() if self.owners[name] == rank]
+            flat = torch.cat([p.flatten() for p in part])
+            dist.broadcast(flat, rank)
+            for p, x in zip(part, flat.split([p.numel() for p in part])):
+                p.copy_(x.view_as(p))
+        update_ema([*self.ema.values()], [*self.own.values()], step, decay)
 
-    def state(self) -> dict:
-        return {name: part.state_dict() for name, part in vars(self).items()}
 
-    def load(self, state: dict) -> None:
-        for name, part in vars(self).items():
-            part.load_state_dict(state[name])
+def share_out(weights: dict[str, Tensor], ranks: int) -> dict[str, int]:
+    """name -> the rank that owns it: the largest first, each to the rank that has least."""
+    loads, owners = [0] * ranks, {}
+    for name in sorted(weights, key=lambda name: -weights[name].numel()):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += weights[name].numel()
+    return owners
 
 
 def training_steps(
@@ -220,7 +228,7 @@ def training_steps(
     A run that stopped and goes on equals a straight one: every random number is a function of
     (seed, step, sample), so a step needs no more than what `trainee` holds.
     """
-    objective, ema, optimizer = trainee.objective, trainee.ema, trainee.optimizer
+    objective = trainee.objective
     step_loss = machine.distribute(objective, stage.trained)
     begun = time.perf_counter()
     for batch in stage.stream(start, stage.steps):
@@ -229,17 +237,16 @@ def training_steps(
         dropout = generator("dropout", config.seed, batch.step, machine.rank)
         torch.manual_seed(dropout.initial_seed())
         lr = learning_rate(batch.step, stage.steps, stage.lr, config)
-        for group in optimizer.param_groups:
+        for group in trainee.optimizer.param_groups:
             group["lr"] = lr
         # -------------------------------------------------------------------- the step
-        optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW leaves what has no gradient
+        objective.zero_grad(set_to_none=True)  # None, not 0: AdamW leaves what has no gradient
         size = micro_batch(stage, batch, config, machine)
         totals = backward(step_loss, batch, size, machine)
         totals["norm"] = nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad)
         *told, norm = torch.stack([*totals.values()]).tolist()  # the one time we wait for a GPU
         if math.isfinite(norm):  # the same on all ranks, because their gradients are
-            optimizer.step()
-            update_ema(ema, stage.trained, batch.step, config.ema)
+            trainee.step(batch.step, config.ema)
         # ------------------------------------------------------------------------------
         yield Step(batch.step + 1, dict(zip(totals, told)), norm, lr, batch, waited)
         begun = time.perf_counter()
@@ -281,12 +288,11 @@ def learning_rate(step: int, steps: int, peak: float, config: Config) -> float:
     return rate
 
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, module: nn.Module, step: int, decay: float) -> None:
+def update_ema(ema: list[Tensor], weights: list[Tensor], step: int, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * weights, in float32.
 
     A decay of 0.9999 remembers some 10,000 steps, longer than a toy run. So the decay grows from
     0.1 on, and the random first weights are forgotten. [TensorFlow's ExponentialMovingAverage]
     """
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)
+    torch._foreach_lerp_(ema, weights, 1 - decay)

@@ -99,7 +99,7 @@ def run_stages(config: Config, machine: Machine, source: Source, names, signals)
             tell(machine, f"{message}: the same command goes on from there")
             break
         except torch.OutOfMemoryError:
-            cures = "--micro_batch 1, --gradient_checkpointing true, or on more ranks --zero true"
+            cures = "--micro_batch 1, --gradient_checkpointing true, or more ranks"
             raise ValueError(f"too little memory for stage {name}: try {cures}") from None
         machine.wait()
 
