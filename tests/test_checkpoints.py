@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tinydance.run.checkpoints import (
     newest_checkpoint,
     resume,
 )
-from tinydance.training import Machine, Stage, Trainee, share_out
+from tinydance.training import Machine, Stage, Trainee
 from tinydance.weights.safetensors import load_safetensors
 
 CONFIG = make_config("toy")
@@ -128,12 +129,15 @@ def test_a_checkpoint_is_written_from_a_copy_behind_the_training(tmp_path):
 
 
 def test_weights_are_shared_out_evenly_and_each_has_one_owner():
-    weights = {f"w{n}": torch.empty(n % 7 + 1, 5) for n in range(40)}
-    owners = share_out(weights, 4)
-    assert owners.keys() == weights.keys()
-    loads = [sum(weights[n].numel() for n in owners if owners[n] == rank) for rank in range(4)]
-    assert max(loads) - min(loads) <= 35  # the largest weight
-    assert share_out(weights, 1) == dict.fromkeys(weights, 0)
+    objective = nn.Sequential(*(nn.Linear(n % 7 + 1, 50) for n in range(40)))
+    stage = Stage("x", objective, objective, 9, 1e-2, None, None)
+    ranks = [SimpleNamespace(rank=k, world_size=4, device="cpu") for k in range(4)]
+    owned = [Trainee(stage, CONFIG, machine).own for machine in ranks]
+    assert sorted(name for own in owned for name in own) == sorted(
+        dict(objective.named_parameters())
+    )
+    sizes = [sum(p.numel() for p in own.values()) for own in owned]
+    assert max(sizes) - min(sizes) <= 350  # the largest weight
 
 
 def test_a_checkpoint_of_another_network_or_of_an_older_tinydance_is_refused(tmp_path):

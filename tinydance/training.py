@@ -189,11 +189,11 @@ class Trainee:
     def __init__(self, stage: Stage, config: Config, machine: Machine):
         self.machine, self.trained = machine, stage.trained
         self.objective = stage.objective.to(machine.device).train()
-        weights = self.objective.named_parameters()
-        self.weights = {name: p for name, p in weights if p.requires_grad}
-        self.owners = share_out(self.weights, machine.world_size)
-        own = [name for name, owner in self.owners.items() if owner == machine.rank]
-        self.own = {name: self.weights[name] for name in own}
+        self.weights = {k: p for k, p in self.objective.named_parameters() if p.requires_grad}
+        # In the order of their sizes, in turns: so every rank owns nearly as much.
+        ordered = sorted(self.weights, key=lambda name: self.weights[name].numel())
+        self.owners = {name: k % machine.world_size for k, name in enumerate(ordered)}
+        self.own = {k: p for k, p in self.weights.items() if self.owners[k] == machine.rank}
         self.ema = {name: p.detach().clone() for name, p in self.own.items()}
         settings = {"lr": stage.lr, "weight_decay": config.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW([*self.own.values()], **settings)
@@ -209,15 +209,6 @@ class Trainee:
             for p, x in zip(part, flat.split([p.numel() for p in part])):
                 p.copy_(x.view_as(p))
         update_ema([*self.ema.values()], [*self.own.values()], step, decay)
-
-
-def share_out(weights: dict[str, Tensor], ranks: int) -> dict[str, int]:
-    """name -> the rank that owns it: the largest first, each to the rank that has least."""
-    loads, owners = [0] * ranks, {}
-    for name in sorted(weights, key=lambda name: -weights[name].numel()):
-        owners[name] = loads.index(min(loads))
-        loads[owners[name]] += weights[name].numel()
-    return owners
 
 
 def training_steps(
