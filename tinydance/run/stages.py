@@ -37,7 +37,7 @@ from tinydance.unet import UNet, is_temporal
 from tinydance.vae import VAE, to_frames, to_pixels
 from tinydance.video.strips import film_strip, psnr, show_clips, show_images
 from tinydance.weights import pick
-from tinydance.weights.files import hold
+from tinydance.weights.files import check_folder, hold
 
 HELD_OUT = 1_000_003  # added to the seed of the clips that are shown and never trained on
 TRAINED_BY = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}
@@ -215,7 +215,7 @@ def find_part(part: str, config: Config, asking: str = "") -> Path:
         own = f"{out} has a VAE of its own, whose latents the shipped image model does not know"
         raise ValueError(f"{own}: add --from-scratch")
     if config.init:
-        folder = (SHIPPED_IMAGE if is_shipped else Path(config.init)) / part
+        folder = (SHIPPED_IMAGE if is_shipped else check_folder(config.init)) / part
     if not folder.exists():
         cure = f"run --stage {stage} first, or give --init FOLDER, such as Stable Diffusion 2.1's"
         raise ValueError(f"{folder} is missing: {cure}")
