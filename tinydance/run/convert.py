@@ -54,6 +54,9 @@ def main() -> None:
         rows["scheduler"] = f"the UNet predicts {schedule.prediction_type}"
     if left_out:
         rows["left out"] = f"{len(left_out)} tensors: {', '.join(left_out[:5])}, ..."
+    is_whole = args.path.is_dir() and "missing" not in rows.values()
+    takers = "sample.py --model and --t2i, train.py --init"
+    rows["loads in"] = takers if is_whole else f"--to FOLDER, and that folder in {takers}"
     print(*(f"{name:<13}{row}" for name, row in rows.items()), sep="\n")
     if misfits:
         raise ValueError(f"{args.path}: {' and '.join(misfits)}: not to be loaded, as said above")

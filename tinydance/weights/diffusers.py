@@ -93,7 +93,8 @@ def read_scheduler_config(config: dict) -> dict:
     name = config.get("_class_name", SAMPLERS[0])
     if name in SAMPLERS and config.get("timestep_spacing") != "linspace":
         return config
-    warnings.warn(f"of the model's {name}, betas and prediction type are taken: ours samples")
+    used = "its betas and prediction type are used, with our own sampler"
+    warnings.warn(f"the model's scheduler is {name}: {used}", stacklevel=3)
     fields = pick(config, TRAINED_WITH.split())
     is_zero = fields.get("rescale_betas_zero_snr")  # then only the last step is pure noise
     return fields | ({"timestep_spacing": "trailing"} if is_zero else {})

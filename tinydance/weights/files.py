@@ -95,7 +95,8 @@ def check_folder(path: str | Path) -> Path:
     if path.is_file():
         cure = f"`python -m tinydance.weights {path} --to FOLDER` makes one of it"
     elif len(path.parts) == 2:
-        cure = f"of huggingface.co, `hf download {path} --local-dir {path.name}` makes one"
+        cure = f"of huggingface.co, `hf download {path} --local-dir {path.name}` makes one, where"
+        cure += " that name still is: see tinydance/weights/README.md"
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; {cure}")
     return path
