@@ -10,12 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partialmethod
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from reference import HERE, difference, tiny_model, tiny_unet
 from tiny_training import FIELDS, tiny_train
+from torch import nn
 
 from tinydance import conditioning, noise
 from tinydance.config import NETWORKS, make_config
@@ -326,7 +329,9 @@ def test_the_shipped_image_model_does_not_know_the_latents_of_another_vae(tmp_pa
 
 def test_another_prediction_than_the_image_models_is_refused(straight, tmp_path):
     changes = {"init": str(straight / "image" / "model"), "prediction_type": "epsilon"}
-    with pytest.raises(ValueError, match="v_prediction, not epsilon: give --prediction_type v_pred"):
+    with pytest.raises(
+        ValueError, match="v_prediction, not epsilon: give --prediction_type v_pred"
+    ):
         tiny_train("video", out=str(tmp_path), video_steps=1, **changes)
 
 
@@ -511,6 +516,31 @@ def test_sigterm_saves_at_the_current_step_and_leaves_with_zero(straight, tmp_pa
     output = read_output(process)
     assert process.returncode == 0 and "goes on from there" in output, output
     assert newest(tmp_path)["at"] == log(tmp_path)[-1]["step"] >= 3
+
+
+def test_compiled_on_several_ranks_a_clip_is_one_graph(tmp_path, monkeypatch):
+    """DDP would have it cut into buckets of gradients: three here, 131 of the paper's network."""
+    graphs, config = [], make_config("toy", device="cpu", compile="on")
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True):
+            machine, model = Machine(config), tiny_model()
+            machine.world_size = 2  # of which one is here
+            objective = DiffusionLoss(model, config).train().requires_grad_(True)
+            step_loss = machine.distribute(objective, model.unet)
+            frames = torch.zeros(2, 4, 3, 16, 16, dtype=torch.uint8)
+            step_loss(Batch(0, frames, ["a red circle"] * 2, [0, 1], ["a", "b"]))
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()
+    assert len(graphs) == 1
 
 
 def test_two_machines_equal_one(straight, two_ranks, tmp_path):
