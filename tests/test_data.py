@@ -262,7 +262,7 @@ def test_pictures_of_their_own_serve_the_image_steps(good, tmp_path):
     Image.new("RGB", (80, 60), (9, 200, 30)).save(tmp_path / "green.png")
     (tmp_path / "green.txt").write_text("green")
     source = open_data(str(good), frames=2, images=str(tmp_path))
-    clips, *_, images = batches(source, 2, 4, 2, is_image_step=every_fourth, image_batch=3)
+    clips, *_, images = batches(source, 2, 4, 2, image_every=4, image_batch=3)
     assert clips.frames.shape[:2] == (2, 2) and images.frames.shape[:2] == (3, 1)
     assert images.captions == ["green"] * 3
     assert (images.frames == torch.tensor([9, 200, 30], dtype=torch.uint8)[:, None, None]).all()
@@ -414,19 +414,17 @@ def test_too_many_bad_samples_end_a_run_with_the_reasons_and_few_do_not():
 # Batches
 
 
-def every_fourth(step):
-    return step % 4 == 3
-
-
-SETTINGS = dict(batch=4, is_image_step=every_fourth, image_batch=8)
+SETTINGS = dict(batch=4, image_every=4, image_batch=8)
 
 
 def test_batches_have_the_promised_shapes_and_numbers():
     source = ToyWorld(0)
     for batch in batches(source, 2, 9, **SETTINGS):
-        b, f, start = (8, 1, FIRST_IMAGE) if every_fourth(batch.step) else (4, source.frames, 0)
+        is_image, images = batch.step in (3, 7), (batch.step + 1) // 4
+        b, f, turn = (8, 1, images - 1) if is_image else (4, source.frames, batch.step - images)
+        start = turn * b + (FIRST_IMAGE if is_image else 0)
         assert batch.frames.shape == (b, f, 3, *source.size) and batch.frames.dtype == torch.uint8
-        assert batch.sample_ids == [start + batch.step * b + j for j in range(b)]
+        assert batch.sample_ids == list(range(start, start + b))
         sample = source.sample(batch.sample_ids[1], "first" if f == 1 else "clip")
         assert torch.equal(batch.frames[1], sample.frames) and len(batch.captions) == b
         assert (batch.captions[1], batch.names[1]) == (sample.caption, sample.name)
@@ -435,11 +433,22 @@ def test_batches_have_the_promised_shapes_and_numbers():
 
 def test_batches_of_any_frame_are_not_those_that_clips_begin_with():
     source = ToyWorld(0)
-    settings = dict(batch=16, is_image_step=lambda step: True)
+    settings = dict(batch=16, image_every=1)
     [first] = batches(source, 0, 1, **settings)
     [any_time] = batches(source, 0, 1, **settings, image_kind="any")
     assert not torch.equal(first.frames, any_time.frames)
     assert torch.equal(any_time.frames[3], source.sample(FIRST_IMAGE + 3, "any").frames)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_epoch_shows_every_video_once_also_with_image_steps(good, world_size):
+    source = open_data(str(good), frames=2)  # five videos; in six steps five batches of two clips
+    shares = [
+        batches(source, 0, 6, 2, rank, world_size, image_every=4) for rank in range(world_size)
+    ]
+    clips = [batch for share in shares for batch in share if batch.frames.shape[1] > 1]
+    seen = Counter(name for batch in clips for name in batch.names)
+    assert len(seen) == 5 and set(seen.values()) == {2}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -771,6 +771,6 @@ def test_one_clip_is_learnt_until_it_is_reproduced_from_its_first_frame_and_capt
 
 def test_batches_do_not_repeat_between_clip_and_image_steps():
     source = ToyWorld(0, World(16, 4))
-    stream = batches(source, 0, 4, 2, is_image_step=lambda step: step % 2 == 1, image_batch=3)
+    stream = batches(source, 0, 4, 2, image_every=2, image_batch=3)
     sample_ids = [n for batch in stream for n in batch.sample_ids]
     assert len(set(sample_ids)) == len(sample_ids) == 10

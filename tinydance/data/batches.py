@@ -7,7 +7,7 @@ Not here: what a sample is (`order.py`); the floats that a batch becomes (`train
 
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from traceback import clear_frames
@@ -31,14 +31,15 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-    is_image_step: Callable[[int], bool] = lambda step: False,
+    image_every: int = 0,
     image_batch: int | None = None,
     image_kind: str = "first",
 ) -> Iterator[Batch]:
     """Yield this rank's share of each batch of first_step <= step < last_step.
 
     batch, image_batch: clips and images (f = 1) of all ranks together. Raises ValueError where
-    `world_size` does not divide them. image_kind: "first" or "any", see `Files.sample`.
+    `world_size` does not divide them. image_every: one step of so many is a batch of images, 1: all
+    are, 0: none. image_kind: "first" or "any", see `Files.sample`.
     """
     image_batch = image_batch or batch
     for size in (batch, image_batch):
@@ -47,9 +48,11 @@ def batches(
 
     def items() -> Iterator[tuple[int, str, range]]:
         for step in range(first_step, last_step):
-            is_image = is_image_step(step)
-            share = (image_batch if is_image else batch) // world_size
-            first = (step * world_size + rank) * share + (FIRST_IMAGE if is_image else 0)
+            images = (step + 1) // image_every if image_every else 0  # steps of images, up to here
+            is_image = image_every > 0 and (step + 1) % image_every == 0
+            share, turn = (image_batch, images - 1) if is_image else (batch, step - images)
+            share //= world_size
+            first = (turn * world_size + rank) * share + (FIRST_IMAGE if is_image else 0)
             yield step, image_kind if is_image else "clip", range(first, first + share)
 
     dataset, pin = Batches(source), torch.cuda.is_available()

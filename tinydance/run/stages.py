@@ -132,7 +132,7 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
         return film_strip([to_frames(x[:, 0]), to_frames(y[:, 0])], titles)
 
     objective = losses.ReconstructionLoss(vae, config.seed)
-    options = {"batch": config.batch, "is_image_step": lambda step: True, "image_kind": "any"}
+    options = {"batch": config.batch, "image_every": 1, "image_kind": "any"}
     stream = share(config, machine, source, **options)
     return Stage("vae", objective, vae, config.vae_steps, config.vae_lr, stream, publish, show)
 
@@ -180,10 +180,6 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
     settings.check(model)  # raises before anything is trained
     tell(machine, f"stage {name}: {describe_memory(model, config, machine)}")
 
-    def is_image_step(step: int) -> bool:
-        every = config.image_every if config.train == "all" else 0  # images train no temporal layer
-        return is_image or (every > 0 and step % every == every - 1)
-
     def publish(ema: UNet) -> None:
         replace(model, unet=ema).save(folder, spatial=is_image)
 
@@ -195,8 +191,9 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
 
     objective = DiffusionLoss(model, config)
     steps = config.image_steps if is_image else config.video_steps
+    every = config.image_every if config.train == "all" else 0  # images train no temporal layer
     sizes = {"batch": config.batch, "image_batch": config.image_batch}
-    stream = share(config, machine, source, is_image_step=is_image_step, **sizes)
+    stream = share(config, machine, source, image_every=1 if is_image else every, **sizes)
     return Stage(name, objective, unet, steps, config.lr, stream, publish, show)
 
 
