@@ -40,6 +40,7 @@ class Config:
         "several, each with its share behind a colon, as in clips:0.05",
     )
     images: str = option("", "likewise, pictures for image steps; else frames of the clips")
+    held_out: float = option(0.01, "share of the data that is never trained on [ours]", high=0.5)
     init: str = free(
         "",
         "model folder to start from: SD 2.1's, ModelScope's, ours, 'shipped' [ours: paper silent]",
@@ -143,6 +144,7 @@ class Config:
 COLUMNS = ("paper", "paper-hd", "small", "toy")
 TABLE = {
     "out":              ("runs/paper",    "runs/paper-hd",          "runs/small",    "runs/toy"),
+    "held_out":         (0.01,            0.01,                     0.01,            0.0),
     "init":             ("",              "runs/paper/video/model", "",              "shipped"),
     "unet":             ("init",          "init",                   "small",         "toy"),
     "height":           (256,             320,                      256,             32),

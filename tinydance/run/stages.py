@@ -39,7 +39,6 @@ from tinydance.video.strips import film_strip, psnr, show_clips, show_images
 from tinydance.weights import pick
 from tinydance.weights.files import check_folder, hold
 
-HELD_OUT = 1_000_003  # added to the seed of the clips that are shown and never trained on
 TRAINED_BY = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}
 
 
@@ -49,7 +48,12 @@ def train(config: Config, stage: str = "all") -> None:
     tell(machine, f"tinydance on {machine.world_size} x {machine.device}, {machine.dtype}")
     rows = ((f.name, str(getattr(config, f.name)), f.metadata["help"]) for f in fields(config))
     tell(machine, "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows))
-    source = open_source(config, partial(progress, shown=machine.rank == 0))
+    open_data = partial(open_source, config, partial(progress, shown=machine.rank == 0))
+    try:  # the first rank saves an index of the shards, and the others read it
+        source = open_data() if machine.rank == 0 else None
+    finally:
+        machine.wait()
+    source = source or open_data()
     tell(machine, "\n".join(describe_source(source)))
     if stage in ("benchmark", "inspect"):
         OTHERS[stage](config, machine, source)
@@ -81,7 +85,9 @@ def make_machine(config: Config) -> Machine:
 
 
 def run_stages(config: Config, machine: Machine, source: Source, names, signals) -> None:
-    held_out = replace(source, seed=config.seed + HELD_OUT)
+    held_out = source.hold_out()
+    for kind in ("clip", "first") if held_out else ():
+        held_out.sample(0, kind)  # if none can be read, it raises now and not hours later
     for name in names:
         if len(names) > 1 and getattr(config, f"{name}_steps") == 0:
             continue  # --init brings it
@@ -111,13 +117,13 @@ def share(config: Config, machine: Machine, source: Source, **options) -> Callab
 
 
 # ---------------------------------------------------------------------------------- the four stages
-def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
+def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source | None) -> Stage:
     """The autoencoder, on single frames."""
     torch.manual_seed(config.seed)
     vae, folder = VAE(NETWORKS["toy"]["vae"]), Path(config.out) / "vae" / "model"
 
     def read_pixels(count: int) -> Tensor:
-        frames = [held_out.sample(n, "any").frames for n in range(count)]
+        frames = [(held_out or source).sample(n, "any").frames for n in range(count)]
         return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
 
     def publish(ema: VAE) -> None:
@@ -137,7 +143,7 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
     return Stage("vae", objective, vae, config.vae_steps, config.vae_lr, stream, publish, show)
 
 
-def text_stage(config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
+def text_stage(config: Config, machine: Machine, source: Source, held_out: Source | None) -> Stage:
     """The tokenizer's vocabulary from the captions' words; the tower against clips, as CLIP's."""
     torch.manual_seed(config.seed)
     shape, folder = NETWORKS["toy"]["text"], Path(config.out) / "text" / "model"
@@ -160,7 +166,9 @@ def text_stage(config: Config, machine: Machine, source: Source, held_out: Sourc
     return replace(stage, divisible=False)  # each clip is compared with the captions of all
 
 
-def unet_stage(name, config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
+def unet_stage(
+    name, config: Config, machine: Machine, source: Source, held_out: Source | None
+) -> Stage:
     """The UNet: as text-to-image on single frames, or on clips with images every so often."""
     torch.manual_seed(config.seed)
     is_image, folder = name == "image", Path(config.out) / name / "model"
@@ -185,7 +193,7 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
 
     def show(ema: UNet):
         draw, kind, count = (show_images, "first", 6) if is_image else (show_clips, "clip", 3)
-        samples = [held_out.sample(n, kind) for n in range(count)]
+        samples = [(held_out or source).sample(n, kind) for n in range(count)]
         with machine.autocast():
             return draw(replace(model, unet=ema), samples, config.seed)
 

@@ -1,7 +1,7 @@
 """The toy world as a source of training samples, with the same methods as one of files: sample n is
 a function of (seed, n), and there is no last one. [ours]"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -9,6 +9,8 @@ import torch
 from tinydance.model import Sample
 from tinydance.noise import rng
 from tinydance.toy.world import World, make_clip, vocabulary
+
+HELD_OUT = 1_000_003  # added to the seed of the clips that are never trained on
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class ToyWorld:
             k = rng("frame", self.seed, n).integers(self.frames) if kind == "any" else 0
             frames = frames[k : k + 1]
         return Sample(torch.from_numpy(frames), caption, f"toy/{self.seed}/{n}")
+
+    def hold_out(self) -> "ToyWorld":
+        return replace(self, seed=self.seed + HELD_OUT)
 
     def leaves(self) -> list["ToyWorld"]:
         return [self]
