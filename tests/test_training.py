@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from functools import partialmethod
 
 import numpy as np
@@ -17,19 +18,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from reference import HERE, difference, tiny_model, tiny_unet
+from test_video import make_video
 from tiny_training import FIELDS, tiny_train
 from torch import nn
 
 from tinydance import conditioning, noise
 from tinydance.config import NETWORKS, make_config
-from tinydance.data import batches
+from tinydance.data import Files, batches
+from tinydance.data.index import hash_name
 from tinydance.model import Batch, PixelDance
-from tinydance.run.checkpoints import Writer, checkpoints
+from tinydance.run import stages
+from tinydance.run.checkpoints import Writer, average_weights, checkpoints
 from tinydance.run.fit import fit
-from tinydance.run.stages import make_machine
+from tinydance.run.stages import make_machine, validation_loss
 from tinydance.sampling import sample_frames
 from tinydance.schedulers import add_noise
 from tinydance.toy import SHIPPED, ToyWorld, World
+from tinydance.toy.source import HELD_OUT
 from tinydance.training import (
     DiffusionLoss,
     Machine,
@@ -182,6 +187,141 @@ def test_a_samples_loss_does_not_depend_on_its_batch():
     together = float(objective(batch)["loss"])
     apart = [float(objective(batch.part(slice(k, k + 1), "cpu"))["loss"]) for k in range(3)]
     assert abs(together - np.mean(apart)) < 1e-5
+
+
+# ------------------------------------------------------------------------------------- validation
+def test_a_fixed_t_is_the_only_thing_that_it_fixes(monkeypatch):
+    _, any_t = recorded_loss(monkeypatch, 4, 5)
+    loss, batch = DiffusionLoss(any_t["model"], make_config("toy", **FIELDS), 7), []
+    loss.unet.register_forward_hook(lambda module, args, out: batch.append((args, out)))
+    value = loss(
+        make_batch(random_frames(1, 4).expand(5, 4, 3, 16, 16), ["a red circle"] * 5, range(5))
+    )
+    (z, t, c_text), out = batch[0]
+    assert t.tolist() == [7] * 5 and any_t["t"].unique().numel() > 1
+    assert torch.equal(z[:, :, 4:], any_t["c_image"]) and torch.equal(c_text, any_t["c_text"])
+    assert torch.isfinite(value["loss"])
+
+
+def validate(model, rank=0, world_size=1, batch=4):
+    """The validation loss on 8 toy clips, of which a rank has its share."""
+    config = make_config("toy", **(FIELDS | {"seed": 5}))
+    machine = Machine(config)
+    machine.rank, machine.world_size = rank, world_size
+    clips = batches(ToyWorld(9, World(16, 4)), 0, 8 // batch, batch, rank, world_size)
+    return validation_loss(model, config, machine, clips)
+
+
+def test_the_validation_loss_is_the_mean_over_clips_at_each_of_five_t():
+    model = tiny_model(beta_schedule="linear")
+    found = validate(model)
+    assert [*found] == ["validation", *(f"validation_t{t}" for t in (100, 300, 500, 700, 900))]
+    config = make_config("toy", **(FIELDS | {"seed": 5 + HELD_OUT}))
+    [batch] = batches(ToyWorld(9, World(16, 4)), 0, 1, 8)
+    for t in (100, 300, 500, 700, 900):  # all clips in one batch
+        slow = float(DiffusionLoss(model, config, t)(batch)["loss"])
+        assert found[f"validation_t{t}"] == pytest.approx(slow, rel=1e-4)
+    assert found["validation"] == pytest.approx(np.mean([*found.values()][1:]))
+
+
+def test_only_other_weights_change_the_validation_loss():
+    model = tiny_model(beta_schedule="linear")
+    one, torch_state = validate(model), torch.get_rng_state()
+    assert validate(model) == one == validate(model, batch=2)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    shares = [validate(model, rank, 2) for rank in range(2)]
+    assert shares[0] != shares[1]
+    for name, value in one.items():
+        assert np.mean([share[name] for share in shares]) == pytest.approx(value, rel=1e-9)
+    with torch.no_grad():
+        model.unet.conv_out.bias += 1
+    assert all(other != one[name] for name, other in validate(model).items())
+
+
+def film_folder(folder, count):
+    folder.mkdir()
+    for k in range(count):
+        make_video(folder / f"{k}.mp4", frames=30, size=(16, 16))
+        (folder / f"{k}.txt").write_text("a red circle moves up")
+    return str(folder)
+
+
+@pytest.mark.parametrize("held_out", [0.4, 0])
+def test_strips_and_validation_are_of_clips_that_are_never_trained_on(
+    straight, tmp_path, monkeypatch, held_out
+):
+    before_the_video_stage(straight, tmp_path / "out")
+    data, seen = film_folder(tmp_path / "data", 8), {True: set(), False: set()}
+    sample = Files.sample
+
+    def spy(self, n, kind="clip"):
+        found = sample(self, n, kind)
+        seen[self.is_held_out].add(found.name)
+        return found
+
+    monkeypatch.setattr(Files, "sample", spy)
+    tiny_train("video", data=data, out=str(tmp_path / "out"), held_out=held_out, sample_every=4)
+    assert (tmp_path / "out" / "video" / "samples" / "step_00000008.png").exists()
+    validated = [line["step"] for line in log(tmp_path / "out") if "validation" in line]
+    few = {f"{k}.mp4" for k in range(8) if hash_name(f"{k}.mp4") < held_out * 2**31}
+    assert seen == {True: few, False: {f"{k}.mp4" for k in range(8)} - few}
+    assert validated == ([4, 8] if few else []) and bool(few) == bool(held_out)
+
+
+def test_held_out_clips_that_cannot_be_read_are_noticed_at_the_start(straight, tmp_path):
+    data, few = film_folder(tmp_path / "data", 1), []
+    for k in range(100, 120):
+        if hash_name(f"{k}.mp4") < 0.4 * 2**31:
+            (tmp_path / "data" / f"{k}.mp4").write_bytes(b"")
+            few.append(k)
+    assert few and hash_name("0.mp4") >= 0.4 * 2**31
+    with pytest.raises(ValueError, match="samples in a row cannot be used: 20 not_a_video"):
+        tiny_train("video", data=data, out=str(tmp_path / "out"), held_out=0.4)
+    assert not (tmp_path / "out" / "video").exists()
+
+
+def test_the_validation_loss_is_logged_when_it_is_due_and_shown_as_it_is(tmp_path, capsys):
+    config = make_config("toy", **(FIELDS | {"out": str(tmp_path), "sample_every": 2}))
+    objective, values = OneWeight(lambda number: 1.0), iter([8.0, 4.0, 2.0])
+    stage = Stage("x", objective, objective, 5, 1e-2, black_frames, lambda ema: None)
+    seen = []
+
+    def validate(ema):
+        seen.append(ema)
+        return {"validation": (value := next(values)), "validation_t100": value / 2}
+
+    trained = fit(dataclasses.replace(stage, validate=validate), config, Machine(config))
+    assert seen == [trained] * 3  # the averaged weights, those that are published
+    lines = {line["step"]: line for line in log(tmp_path, "x")}
+    assert {n: line["validation"] for n, line in lines.items() if "validation" in line} == {
+        2: 8.0,
+        4: 4.0,
+        5: 2.0,
+    }
+    assert lines[4]["validation_t100"] == 2.0
+    shown = capsys.readouterr().out
+    assert ", validation 2.0000" in shown and "validation_t100" not in shown
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_opens_the_data_before_the_others(tmp_path, monkeypatch, rank, fails):
+    """It saves the index that they read. Where it fails, the others are not left waiting."""
+    machine, done = Machine(make_config("toy", device="cpu")), []
+    machine.rank, machine.wait = rank, lambda: done.append("wait")
+
+    def open_source(config, track):
+        done.append("open")
+        if fails:
+            raise ValueError("no such data")
+        return ToyWorld()
+
+    monkeypatch.setattr(stages, "make_machine", lambda config: machine)
+    monkeypatch.setattr(stages, "open_source", open_source)
+    monkeypatch.setitem(stages.OTHERS, "inspect", lambda config, machine, source: None)
+    with pytest.raises(ValueError, match="no such data") if fails else nullcontext():
+        stages.train(make_config("toy", out=str(tmp_path)), "inspect")
+    assert done == (["open", "wait"] if rank == 0 else ["wait", "open"])
 
 
 # ------------------------------------------------------------------------------------------- loop
@@ -482,6 +622,9 @@ def test_two_ranks_equal_one(straight, two_ranks, tmp_path):
     losses = [[line["loss"] for line in log(folder)] for folder in (tmp_path, out)]
     assert len(losses[0]) == 8, output
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
+    alone, shared = (log(folder)[-1] for folder in (tmp_path, out))
+    for name in ("validation", "validation_t100", "validation_t900"):  # each rank has a part of it
+        assert alone[name] == pytest.approx(shared[name], rel=1e-4)
     # Single weights may part by Adam's step where a gradient is all rounding; together they do not.
     one, two = newest(tmp_path)["weight"], newest(out)["weight"]
     for name in one:

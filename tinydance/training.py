@@ -43,15 +43,16 @@ class DiffusionLoss(nn.Module):
     """|| eps - eps_hat(z_t, t, c_text, c_image) ||^2 of one batch of clips, or of images (f = 1).
 
     Every choice for a sample is a function of its number: the same in any batch, on any rank.
+    fixed_t: a t for all samples, which measures and does not train; None: any, as in training.
     """
 
-    def __init__(self, model: PixelDance, config: Config):
+    def __init__(self, model: PixelDance, config: Config, fixed_t: int | None = None):
         super().__init__()
         self.unet = model.unet
         # `model` is a dataclass, no nn.Module: VAE and text tower stay unregistered, and neither
         # the optimizer nor DDP sees them. "The weights of pre-trained text encoder and VAE model
         # are frozen during training" [paper §4.1].
-        self.model, self.config = model, config
+        self.model, self.config, self.fixed_t = model, config, fixed_t
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """A batch on the device -> named numbers, of which "loss" is lowered; all are logged."""
@@ -89,6 +90,8 @@ class DiffusionLoss(nn.Module):
 
         # The objective [DDPM algorithm 1]: any t, reached in one jump.
         t = (u_time * schedule.num_train_timesteps).long()
+        if self.fixed_t is not None:
+            t = torch.full_like(t, self.fixed_t)
         alpha_bar_t = schedule.alpha_bar[t].to(device)
         eps = draw(generators, f, c, h, w, device=device)
         z_t = add_noise(z_0, eps, alpha_bar_t)
@@ -165,6 +168,7 @@ class Stage:
     stream: Callable[[int, int], Iterable[Batch]]  # (first, last) -> this rank's batches of these
     publish: Callable[[nn.Module], None]  # write the model folder from the averaged weights
     show: Callable[[nn.Module], object] = lambda ema: None  # a picture of what they can do
+    validate: Callable[[nn.Module], dict[str, float]] = lambda ema: {}  # this rank's, to log
     divisible: bool = True  # is the loss of a batch the mean of its samples' losses?
 
 

@@ -1,4 +1,4 @@
-"""One training around `training.training_steps`: resume, log, save, publish, draw, stop.
+"""One training around `training.training_steps`: resume, log, validate, save, publish, draw, stop.
 
 What an objective tells is logged as it is told: a new number in the log is a change of the
 objective alone. [ours] Not here: the step itself.
@@ -41,6 +41,8 @@ def fit(stage: Stage, config: Config, machine: Machine, signals=()) -> nn.Module
     # An error here ends the steps too: as long as they wait, data workers would keep the process.
     with closing(training_steps(stage, config, machine, trainee, start)) as steps:
         for step in steps:
+            if step.done % config.sample_every == 0 or step.done == stage.steps:
+                step.numbers.update(stage.validate(average_weights(trainee)))
             step, stopping, counts = average(step, bool(signals), machine)
             if log:
                 log.write(step, counts)
@@ -106,8 +108,10 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in step.numbers.items():
-            if math.isfinite(value):
-                self.smooth[name] = 0.98 * self.smooth.get(name, value) + 0.02 * value
+            # The validation loss is rare, and always of the same clips and noise: not averaged.
+            keep = 0.0 if name == "validation" else 0.98
+            if math.isfinite(value) and not name.startswith("validation_"):
+                self.smooth[name] = keep * self.smooth.get(name, value) + (1 - keep) * value
         self.waited += step.waited
         self.counts.update(counts, skipped=int(is_skipped))
         shown = {name: f"{value:.4f}" for name, value in self.smooth.items()}

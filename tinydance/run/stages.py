@@ -7,12 +7,14 @@ Not here: the loop (`fit.py`), the losses (`training.py`, `toy/losses.py`).
 """
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from tinydance.run.inspect import inspect
 from tinydance.run.memory import describe_memory
 from tinydance.schedulers import Schedule
 from tinydance.toy import SHIPPED_IMAGE, losses
+from tinydance.toy.source import HELD_OUT
 from tinydance.training import DiffusionLoss, Machine, Stage
 from tinydance.unet import UNet, is_temporal
 from tinydance.vae import VAE, to_frames, to_pixels
@@ -39,6 +42,8 @@ from tinydance.video.strips import film_strip, psnr, show_clips, show_images
 from tinydance.weights import pick
 from tinydance.weights.files import check_folder, hold
 
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # t / T of the validation loss: the middles of five fifths
+VALIDATED = 32  # clips at least, of which it is the mean
 TRAINED_BY = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}
 
 
@@ -197,12 +202,38 @@ def unet_stage(
         with machine.autocast():
             return draw(replace(model, unet=ema), samples, config.seed)
 
+    def validate(ema: UNet) -> dict[str, float]:
+        every = int(is_image)  # all batches are of images, or none
+        stream = share(config, machine, held_out, batch=config.batch, image_every=every)
+        clips = stream(0, math.ceil(VALIDATED / config.batch))
+        return validation_loss(replace(model, unet=ema), config, machine, clips)
+
     objective = DiffusionLoss(model, config)
     steps = config.image_steps if is_image else config.video_steps
     every = config.image_every if config.train == "all" else 0  # images train no temporal layer
     sizes = {"batch": config.batch, "image_batch": config.image_batch}
     stream = share(config, machine, source, image_every=1 if is_image else every, **sizes)
-    return Stage(name, objective, unet, steps, config.lr, stream, publish, show)
+    stage = Stage(name, objective, unet, steps, config.lr, stream, publish, show)
+    return replace(stage, validate=validate) if held_out else stage
+
+
+def validation_loss(model: PixelDance, config: Config, machine: Machine, clips) -> dict[str, float]:
+    """The loss of batches of held-out clips (or images) at LEVELS of noise, and its mean over them.
+
+    Clip by clip, each with its own noise and drops for ever: only other weights change the figure,
+    and the mean over the ranks is that of one. The mean over t is what the training loss estimates.
+    """
+    config, T = replace(config, seed=config.seed + HELD_OUT), model.schedule.num_train_timesteps
+    losses = {int(level * T): DiffusionLoss(model, config, int(level * T)) for level in LEVELS}
+    values = {t: [] for t in losses}
+    for batch in clips:
+        for k in range(len(batch.captions)):
+            clip = batch.part(slice(k, k + 1), machine.device)
+            with torch.no_grad(), machine.autocast():
+                for t, loss in losses.items():
+                    values[t].append(loss(clip)["loss"].item())
+    numbers = {f"validation_t{t}": fmean(values[t]) for t in losses}
+    return {"validation": fmean(numbers.values())} | numbers
 
 
 STAGES: dict[str, Callable[..., Stage]] = {"vae": vae_stage, "text": text_stage}
