@@ -186,7 +186,7 @@ def test_a_damaged_tokenizer_is_one_error_that_names_its_file(name, content, tmp
 
 def test_text_of_another_width_than_the_unet_reads_is_one_error():
     model = tiny_model()
-    with pytest.raises(ValueError, match="text is 16 wide, but the UNet reads 24: take both"):
+    with pytest.raises(ValueError, match="text is 16 wide, the UNet reads 24: take both"):
         replace(model, unet=tiny_unet(cross_attention_dim=24))
 
 

@@ -28,7 +28,7 @@ from tinydance.data import Files, batches
 from tinydance.data.index import hash_name
 from tinydance.model import Batch, PixelDance
 from tinydance.run import stages
-from tinydance.run.checkpoints import Writer, average_weights, checkpoints
+from tinydance.run.checkpoints import Writer, checkpoints
 from tinydance.run.fit import fit
 from tinydance.run.stages import make_machine, validation_loss
 from tinydance.sampling import sample_frames

@@ -103,8 +103,7 @@ class PixelDance:
     def __post_init__(self):
         width, wanted = self.text_tower.config.hidden_size, self.unet.config.cross_attention_dim
         if width != wanted:  # SD 1.x has 768, SD 2.x and ModelScope 1024
-            cure = "take both from one model"
-            raise ValueError(f"text is {width} wide, but the UNet reads {wanted}: {cure}")
+            raise ValueError(f"text is {width} wide, the UNet reads {wanted}: take both from one")
 
     @classmethod
     def from_folder(cls, path) -> "PixelDance":

@@ -90,8 +90,7 @@ class DiffusionLoss(nn.Module):
 
         # The objective [DDPM algorithm 1]: any t, reached in one jump.
         t = (u_time * schedule.num_train_timesteps).long()
-        if self.fixed_t is not None:
-            t = torch.full_like(t, self.fixed_t)
+        t = t if self.fixed_t is None else torch.full_like(t, self.fixed_t)
         alpha_bar_t = schedule.alpha_bar[t].to(device)
         eps = draw(generators, f, c, h, w, device=device)
         z_t = add_noise(z_0, eps, alpha_bar_t)
