@@ -3,18 +3,22 @@
 import json
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
 import time
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tinydance.config import make_config
+from tinydance.model import Batch
 from tinydance.run.checkpoints import (
     Writer,
     checkpoints,
@@ -23,8 +27,9 @@ from tinydance.run.checkpoints import (
     newest_checkpoint,
     resume,
 )
+from tinydance.run.fit import fit
 from tinydance.training import Machine, Stage, Trainee
-from tinydance.weights.safetensors import load_safetensors
+from tinydance.weights.safetensors import load_safetensors, save_safetensors
 
 CONFIG = make_config("toy")
 ALONE = Machine(CONFIG)
@@ -203,6 +208,87 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_there(tmp_path):
         path = newest(tmp_path)
         weight = read(path)["weight.weight"]
         assert torch.equal(weight, torch.full_like(weight, int(path.name[5:])))
+
+
+class Distance(nn.Module):
+    """The mean distance of some weights from a number that comes with each sample."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ParameterList(torch.randn(40_000 + n) for n in range(5))
+
+    def forward(self, batch):
+        goals = torch.tensor([n % 7 / 7 for n in batch.sample_ids])
+        distances = [(part[:, None] - goals).square().mean() for part in self.parts]
+        return {"loss": sum(distances) / len(self.parts)}
+
+
+def train_on_ranks(folder, ranks, rank, steps):
+    """A training of 60 steps of four samples, saved at each, as torchrun would start it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    if ranks > 1:
+        store = f"file://{folder}.store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    config = make_config("toy", out=str(folder), save_every=1, device="cpu", dtype="float32")
+
+    def stream(first, last):
+        for step in range(first, last):
+            numbers = range(4 * step + rank, 4 * step + 4, ranks)
+            frames = torch.zeros(len(numbers), 1, 3, 2, 2, dtype=torch.uint8)
+            yield Batch(step, frames, [""] * len(numbers), [*numbers], [""] * len(numbers))
+
+    objective = Distance()
+    publish = partial(save_weights_of, folder)
+    fit(Stage("x", objective, objective, steps, 1e-2, stream, publish), config, Machine(config))
+
+
+def save_weights_of(folder, ema):
+    save_safetensors(ema.state_dict(), folder / "x" / "model.safetensors")
+
+
+def start_ranks(folder, ranks, steps=60):
+    folder.with_name(f"{folder.name}.store").unlink(missing_ok=True)
+    fork = multiprocessing.get_context("fork")
+    given = [(folder, ranks, rank, steps) for rank in range(ranks)]
+    processes = [fork.Process(target=train_on_ranks, args=each) for each in given]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def train_and_kill(folder, kills):
+    """Killed at random moments of its steps, each time gone on with by another number of ranks;
+    -> the losses of all steps, and how many of the kills came before the end."""
+    rng, log, came = random.Random(0), folder / "x" / "log.jsonl", 0
+    for k in range(kills):
+        before = log.stat().st_size if log.exists() else 0
+        processes = start_ranks(folder, (2, 1, 2, 4)[k % 4])
+        while all(process.is_alive() for process in processes):
+            if log.exists() and log.stat().st_size != before:  # its steps have begun
+                break
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        came += all(process.is_alive() for process in processes)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+    for process in start_ranks(folder, 2):
+        process.join()
+    return [json.loads(line)["loss"] for line in log.read_text().splitlines()], came
+
+
+def test_ranks_that_are_killed_while_they_save_go_on_as_one_straight_run(tmp_path):
+    (straight,) = start_ranks(tmp_path / "straight", 1)
+    straight.join()
+    lines = (tmp_path / "straight" / "x" / "log.jsonl").read_text().splitlines()
+    losses, came = train_and_kill(tmp_path / "killed", 8)
+    assert came >= 4
+    assert losses == pytest.approx([json.loads(line)["loss"] for line in lines], abs=1e-5)
+    a, b = (load_safetensors(tmp_path / x / "x/model.safetensors") for x in ("straight", "killed"))
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
 
 
 def save_on_a_full_disk(folder, answers):

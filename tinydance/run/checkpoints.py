@@ -44,12 +44,14 @@ class Writer:
         machine.wait()
         state = {name: x.to("cpu", copy=True) for name, x in collect(trainee).items()}
         file = path / f"rank_{machine.rank}_of_{machine.world_size}.safetensors"
-        self.job = self.thread.submit(self.write, file, state, average_weights(trainee))
+        ema = average_weights(trainee)
+        ema = ema.cpu() if machine.rank == 0 else None
+        self.job = self.thread.submit(self.write, file, state, ema)
 
     @torch.no_grad()
-    def write(self, file: Path, state: dict[str, Tensor], ema: nn.Module) -> None:
+    def write(self, file: Path, state: dict[str, Tensor], ema: nn.Module | None) -> None:
         try:
-            if self.machine.rank == 0:
+            if ema is not None:
                 # The model folder before the checkpoint: if the run is killed between the two, it
                 # resumes before this step and writes both again.
                 self.publish(ema)
