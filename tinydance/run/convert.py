@@ -122,13 +122,16 @@ def describe(config: dict, tensors: dict[str, Tensor]) -> str:
 
 
 def find_schedule(folder: Path, prediction: str | None, parts: dict) -> Schedule | None:
-    """The folder's, or SD's; None where the UNet of a file may predict one thing or the other."""
-    config = parts["unet"][0] if "unet" in parts else {"cross_attention_dim": 1024}
-    is_sd2 = config["cross_attention_dim"] == 1024 and "3D" not in config.get("_class_name", "")
-    schedule = read_schedule(folder) if folder.is_dir() else Schedule()
+    """The folder's, or that of SD 1.x and ModelScope, which predict epsilon; None: nobody says."""
+    config, schedule = parts.get("unet", [{}])[0], Schedule()
+    if folder.is_dir():
+        schedule = read_schedule(folder)
+    width = config.get("cross_attention_dim")
+    is_video = width == SD2_TEXT.hidden_size and "3D" in config["_class_name"]
+    is_known = folder.is_dir() or is_video or width == SD1_UNET["cross_attention_dim"]
     if prediction:
         return replace(schedule, prediction_type=prediction)
-    return schedule if folder.is_dir() or not is_sd2 else None
+    return schedule if is_known else None
 
 
 def find_tokenizer(folder: Path, given: str | None, parts: dict) -> Tokenizer | None:
