@@ -175,11 +175,11 @@ FAULTS = {
     ),
     "whitening in float64": (
         ("mps", vae_stage, stages, "vae_stage"),
-        (".flatten(0, 1).cpu())", ".flatten(0, 1))", "float64|one device"),
+        (".flatten(0, 1))  #", ".flatten(0, 1).to(machine.device))  #", "float64|one device"),
     ),
     "whitening of weights in float64": (
-        ("mps", vae_stage, stages, "vae_stage"),
-        ("deepcopy(ema).cpu()", "deepcopy(ema)", "float64|one device"),
+        ("mps", vae_stage, checkpoints.Writer, "save"),
+        ("ema.cpu() if", "ema if", "float64|one device"),
     ),
     "noise by a generator of the host": (
         ("cuda", video_stage, noise, "draw"),

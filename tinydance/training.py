@@ -165,7 +165,7 @@ class Stage:
     steps: int
     lr: float
     stream: Callable[[int, int], Iterable[Batch]]  # (first, last) -> this rank's batches of these
-    publish: Callable[[nn.Module], None]  # write the model folder from the averaged weights
+    publish: Callable[[nn.Module], None]  # write the model folder from a host's copy of averages
     show: Callable[[nn.Module], object] = lambda ema: None  # a picture of what they can do
     validate: Callable[[nn.Module], dict[str, float]] = lambda ema: {}  # on held-out clips
     divisible: bool = True  # is the loss of a batch the mean of its samples' losses?

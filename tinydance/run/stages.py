@@ -6,7 +6,6 @@ clips with an image step every 8th. Each is a `Stage` for `fit`, and leaves a fo
 Not here: the loop (`fit.py`), the losses (`training.py`, `toy/losses.py`).
 """
 
-import copy
 import math
 import os
 from collections.abc import Callable
@@ -129,15 +128,14 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
 
     def read_pixels(count: int) -> Tensor:
         frames = [(held_out or source).sample(n, "any").frames for n in range(count)]
-        return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
+        return to_pixels(torch.stack(frames))  # n 1 3 H W
 
     def publish(ema: VAE) -> None:
-        vae = copy.deepcopy(ema).cpu()  # training goes on with the one that is not whitened
-        losses.whiten(vae, read_pixels(256).flatten(0, 1).cpu())  # in float64, which MPS lacks
-        vae.save(folder / "vae")
+        losses.whiten(ema, read_pixels(256).flatten(0, 1))  # on the host: MPS lacks float64
+        ema.save(folder / "vae")
 
     def show(ema: VAE):
-        x = read_pixels(16)
+        x = read_pixels(16).to(machine.device)
         y = ema.decode_video(ema.encode_video(x)).clamp(-1, 1)
         titles = ["frames", f"through the VAE, {psnr(x, y):.1f} dB"]
         return film_strip([to_frames(x[:, 0]), to_frames(y[:, 0])], titles)
