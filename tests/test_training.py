@@ -852,10 +852,10 @@ def test_flops_are_counted_as_two_for_each_multiplication_and_addition():
 
 
 def test_the_average_of_the_weights_is_its_formula():
-    module, ema = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    before = ema.weight.clone()
-    update_ema(ema, module, 10_000, 0.99)
-    assert difference(ema.weight, 0.99 * before + 0.01 * module.weight) < 1e-6
+    weight, ema = torch.randn(2, 2), torch.randn(2, 2)
+    before = ema.clone()
+    update_ema([ema], [weight], 10_000, 0.99)
+    assert difference(ema, 0.99 * before + 0.01 * weight) < 1e-6
 
 
 def test_the_learning_rate_warms_up_and_may_fall_to_zero():
