@@ -618,10 +618,9 @@ def target(yours: Callable) -> None:
 
 def ema(yours: Callable) -> None:
     def right(average, weight, decay):
-        old, new = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-        old.weight.data, new.weight.data = average, weight
-        training.update_ema(old, new, step=10**6, decay=decay)
-        return old.weight.data
+        average = average.clone()
+        training.update_ema([average], [weight], step=10**6, decay=decay)
+        return average
 
     cases = [(torch.randn(3, 2), torch.randn(3, 2), decay) for decay in (0.999, 0.9)]
     mistakes = {
@@ -1042,23 +1041,18 @@ def way_back(yours: Callable) -> None:
 
 # ---------------------------------------------------------------- 09 from laptop to 32 GPUs
 def state(yours: Callable) -> None:
-    def right(trained, ranks, zero, weights=8, moments=8, unit=2**30):
-        return trained * (weights + 4 + moments / (ranks if zero else 1)) / unit
+    def right(trained, ranks, kept=8, shared=12, unit=2**30):
+        return trained * (kept + shared / ranks) / unit
 
-    cases = [(random.randrange(10**8, 10**10), ranks, ranks == 32) for ranks in (32, 8)]
+    cases = [(random.randrange(10**8, 10**10), ranks) for ranks in (32, 8, 1)]
     mistakes = {
         "a GiB is 2**30 bytes": lambda *given: right(*given, unit=10**9),
-        "Adam has two moments of each parameter": lambda *given: right(*given, moments=4),
-        "four bytes are missing: the average of the weights and the gradient count too": (
-            lambda *given: right(*given, weights=4)
-        ),
+        "Adam has two moments of each parameter": lambda *given: right(*given, shared=8),
+        "the average is spread over the ranks too": lambda *given: right(*given, 12, 8),
+        "four bytes are missing: the gradient counts too": lambda *given: right(*given, kept=4),
         "a float32 has four bytes; these are numbers": lambda *given: right(*given) / 4,
-        "ZeRO's first stage spreads the moments only": (
-            lambda n, ranks, zero: 20 * n / 2**30 / (ranks if zero else 1)
-        ),
-        "with `zero`, each rank keeps its share of the moments": (
-            lambda n, ranks, zero: right(n, ranks, False)
-        ),
+        "every rank has all weights and gradients": lambda n, ranks: 20 * n / 2**30 / ranks,
+        "each rank keeps its share of average and moments": lambda n, ranks: right(n, 1),
     }
     compare(yours, right, cases, mistakes)
 

@@ -6,6 +6,7 @@ the host, in fused Adam even numbers of the host, and on "mps" float64. So a fau
 run on a GPU ends a test. Not shown: memory, speed, kernels that round otherwise, several devices.
 """
 
+import threading
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
@@ -117,6 +118,12 @@ class Calls(TorchFunctionMode):
         return x
 
 
+def run_there(thread, run=threading.Thread.run):
+    """A thread of a process with the device sees it too."""
+    with Calls():
+        run(thread)
+
+
 @contextmanager
 def pretend(kind="cuda", bfloat16=True):
     """A device of this kind is there until the block ends. bfloat16: can it multiply such?"""
@@ -139,4 +146,5 @@ def pretend(kind="cuda", bfloat16=True):
             put(there, mem_get_info=lambda: (2**37, 2**37))
             put(there, is_bf16_supported=lambda including_emulation=True: bfloat16)
         stack.enter_context(Calls())
+        put(threading.Thread, run=run_there)
         yield

@@ -60,8 +60,8 @@ def cached_files(folder, **settings):
 
 def open_data(data, **fields):
     """A source as `--data` opens it."""
-    size = {"height": SIZE[0], "width": SIZE[1], "frames": 4}
-    return open_source(make_config("paper", data=str(data), **(size | fields)))
+    fields = {"height": SIZE[0], "width": SIZE[1], "frames": 4, "held_out": 0} | fields
+    return open_source(make_config("paper", data=str(data), **fields))
 
 
 def test_a_cached_clip_is_the_online_one_with_its_own_random_start(videos, model, cache):
@@ -81,6 +81,16 @@ def test_a_cached_clip_is_the_online_one_with_its_own_random_start(videos, model
     assert sum(cached.sample(n).counts["padded"] for n in range(5)) == 1
     rejecting = open_data(cache, seed=3, short="reject")
     assert all(rejecting.sample(n).name != "1.mp4" for n in range(10))
+
+
+def test_a_cache_is_of_all_videos_and_holds_out_those_that_are_held_out_online(
+    videos, model, cache, tmp_path
+):
+    online = files(videos, held_out=0.5)
+    assert next(write_cache(online, model[0].vae, tmp_path, "videos")).total == 5
+    held_out = online.hold_out(), cached_files(cache, held_out=0.5).hold_out()
+    names = [{source.sample(n).name for n in range(5)} for source in held_out]
+    assert 0 < len(names[0]) < 5 and names[0] == names[1]
 
 
 def test_training_from_a_cache_has_the_losses_of_training_online(videos, model, cache, tmp_path):

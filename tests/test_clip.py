@@ -351,4 +351,4 @@ def test_a_folder_that_lacks_a_file_or_contradicts_itself_is_an_error(
 
 def test_ids_that_leave_a_gap_are_an_error(tokenizer):
     with pytest.raises(ValueError, match="not 0, 1, 2"):
-        Tokenizer({**tokenizer.vocab, "zzz": 10_000}, tokenizer.merges)
+        Tokenizer(tokenizer.merges, {**tokenizer.vocab, "zzz": 10_000})

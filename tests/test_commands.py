@@ -385,6 +385,7 @@ TRAIN_ERRORS = [
     (["--batch", "0"], "batch is 0; use 1 or more"),
     (["--lr", "fast"], "lr is 'fast'; it must be a number"),
     (["--eta", "1.5"], "eta is 1.5; use 0 to 1"),
+    (["--held_out", "2"], "held_out is 2.0; use 0 to 0.5"),
     (["--decay", "perhaps"], "decay is 'perhaps'; it must be true or false"),
     (["--cond_noise_t", "1000"], "cond_noise_t is 1000; use 0 to 999"),
     (["--dtype", "float8"], "dtype is 'float8'"),

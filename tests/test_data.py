@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tarfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from test_video import SIZE, make_sound, make_video, numbers
 
 from tinydance.config import make_config
 from tinydance.data.batches import Quota, batches
-from tinydance.data.index import Folder
+from tinydance.data.index import Folder, hash_name
 from tinydance.data.open import open_source, parse_data
 from tinydance.data.order import (
     BLOCK,
@@ -33,7 +34,7 @@ from tinydance.data.order import (
 from tinydance.model import Sample
 from tinydance.toy.source import ToyWorld
 from tinydance.toy.world import World
-from tinydance.video.read import REASONS
+from tinydance.video.read import REASONS, BadSample
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +78,8 @@ def video_folder(root, *arguments, **settings):
 
 def open_data(data, size=SIZE, frames=16, **fields):
     """A source as `--data` opens it."""
-    height, width = size
-    return open_source(
-        make_config("paper", data=data, height=height, width=width, frames=frames, **fields)
-    )
+    fields = {"height": size[0], "width": size[1], "frames": frames, "held_out": 0} | fields
+    return open_source(make_config("paper", data=data, **fields))
 
 
 def counts(clips):
@@ -408,6 +407,122 @@ def test_too_many_bad_samples_end_a_run_with_the_reasons_and_few_do_not():
             quota.add(25, {"damaged": 3})
     assert step < 10 and "damaged" in str(error.value) and "missing" in str(error.value)
     assert "\n" not in str(error.value) and "--max_bad" in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is never trained on
+
+
+@dataclass
+class NamedRow:
+    """A row whose clip is its number in the name; every seventh is bad."""
+
+    name: str
+    caption: str = "a clip"
+    what = "clips"
+
+    def read(self, choose_start, frames, fps, size, at):
+        if int(self.name) % 7 == 0:
+            raise BadSample("damaged", self.name)
+        return torch.zeros(frames, 3, 2, 2, dtype=torch.uint8)
+
+
+class NamedRows:
+    kind, notes, missing_captions, where = NamedRow, [], 0, "rows"
+
+    def __init__(self, names):
+        self.names, self.hashes = names, np.array([hash_name(name) for name in names])
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return NamedRow(self.names[i])
+
+
+def named(numbers, held_out=0.1, **fields):
+    return Files(NamedRows([str(n) for n in numbers]), (2, 2), 1, held_out=held_out, **fields)
+
+
+def rows_of(source):
+    return {source.rows[i].name for i in source.chosen}
+
+
+def test_what_is_held_out_is_never_trained_on_and_all_else_once_an_epoch():
+    source = named(range(1, 400))
+    held_out = source.hold_out()
+    kept, hidden = rows_of(source), rows_of(held_out)
+    assert kept | hidden == {*source.rows.names} and not kept & hidden
+    assert 20 < len(hidden) == len(held_out) == 399 - len(source) < 60
+    good = [{name for name in names if int(name) % 7} for names in (kept, hidden)]
+    for part, names in zip((source, held_out), good):  # bad ones have a substitute of their part
+        for epoch in range(3):
+            drawn = [part.sample(len(part) * epoch + k) for k in range(len(part))]
+            assert {sample.name for sample in drawn} == names
+            clean = [sample.name for sample in drawn if not sample.counts["damaged"]]
+            assert sorted(clean) == sorted(names)
+    assert {replace(source, seed=5).sample(n).name for n in range(3 * len(source))} == good[0]
+
+
+def test_what_is_held_out_depends_on_names_alone():
+    few, more = rows_of(named(range(300)).hold_out()), rows_of(named(range(600)).hold_out())
+    assert few == {name for name in more if int(name) < 300} < more  # files were added
+    assert rows_of(named(range(299, -1, -1)).hold_out()) == few  # in another order
+    assert few < rows_of(named(range(300), 0.2).hold_out())  # a larger share
+    assert 60 < len(named(range(10_000), 0.01).hold_out()) < 140
+
+
+def test_every_index_holds_out_the_same_names(tmp_path):
+    names = [f"{k:03d}.mp4" for k in range(200)]
+    (tmp_path / "tars").mkdir()
+    for k, part in enumerate((names[:80], names[80:])):
+        with tarfile.open(tmp_path / "tars" / f"{k}.tar", "w") as tar:
+            for name in part:
+                tar.addfile(tarfile.TarInfo(name))
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "a.csv").write_text("\n".join(["path,caption", *(f"{name},x" for name in names)]))
+    chosen = {
+        data: rows_of(open_data(str(tmp_path / data), held_out=0.1).hold_out())
+        for data in ("", "a.csv", "tars", "tars/1.tar", "tars/0.tar")
+    }
+    assert chosen[""] == chosen["a.csv"] == {n for n in names if hash_name(n) < 0.1 * 2**31}
+    assert chosen["tars"] == chosen["tars/0.tar"] | chosen["tars/1.tar"]
+    backwards = open_data(f"{tmp_path}/tars/1.tar|{tmp_path}/tars/0.tar", held_out=0.1)
+    assert rows_of(backwards.hold_out()) == chosen["tars"]
+
+
+def test_a_mixture_holds_out_of_every_source_and_not_at_all_where_one_cannot():
+    mixture = Mixture([named(range(1, 300)), named(range(300, 999))], [0.9, 0.1], seed=3)
+    held_out = mixture.hold_out()
+    drawn = Counter(int(held_out.sample(n).name) < 300 for n in range(BLOCK))
+    assert drawn == {True: 900, False: 100}
+    hidden = [rows_of(leaf.hold_out()) for leaf in mixture.leaves()]
+    assert [rows_of(leaf) for leaf in held_out.leaves()] == hidden
+    toy = Mixture([ToyWorld(1), named(range(300))], [1, 1], seed=1).hold_out()
+    assert toy.leaves()[0] == ToyWorld(1).hold_out() != ToyWorld(1)
+    for others in (named(range(300), 0), named(range(1, 3))):
+        assert others.hold_out() is None
+        assert Mixture([named(range(300)), others], [1, 1]).hold_out() is None
+    pictures = WithPictures([ToyWorld(0), named(range(1, 300))], [1, 1]).hold_out()
+    assert pictures.sample(0, "first").name in rows_of(named(range(1, 300)).hold_out())
+
+
+def test_the_head_of_a_run_says_how_many_are_held_out_and_refuses_all():
+    source = named(range(300))
+    count = len(source.hold_out())
+    assert describe_source(source) == [f"rows: 300 clips, 0 without caption, {count} held out"]
+    few = [n for n in range(100) if hash_name(str(n)) < 0.4 * 2**31]
+    with pytest.raises(ValueError, match="rows: --held_out 0.4 leaves none; use 0"):
+        named(few, 0.4)
+
+
+def test_to_resume_and_to_share_among_ranks_is_exact_also_with_clips_held_out():
+    source = named(range(1, 100))
+    straight = [batch.names for batch in batches(source, 0, 30, 4)]
+    assert [batch.names for batch in batches(source, 17, 30, 4)] == straight[17:]
+    ranks = [[b.names for b in batches(source, 0, 30, 4, rank, 2)] for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == straight
 
 
 # --------------------------------------------------------------------------------------------------

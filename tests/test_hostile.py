@@ -182,7 +182,8 @@ def test_of_a_long_word_or_text_no_more_is_merged_than_is_kept(model, monkeypatc
 @pytest.mark.parametrize("name", JSON)
 def test_hostile_json_is_one_line_whoever_reads_it(name, model, clip, tmp_path):
     shutil.copytree(model, tmp_path / "model")
-    for file in sorted((tmp_path / "model").rglob("*.json")):
+    unread = {tmp_path / "model" / "model_index.json"}  # it is for diffusers
+    for file in sorted({*(tmp_path / "model").rglob("*.json")} - unread):
         whole = file.read_bytes()
         file.write_bytes(JSON[name])
         assert str(file) in refuses(PixelDance.from_folder, tmp_path / "model")

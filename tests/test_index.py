@@ -5,12 +5,15 @@ import gzip
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +26,15 @@ from reference import HERE
 from test_video import SIZE, huge_png, make_video, numbers
 
 from tinydance.config import make_config
+from tinydance.data import index as index_module
 from tinydance.data import rows as rows_module
 from tinydance.data.batches import batches
-from tinydance.data.index import Folder, Shards, Strings, Table, tar_members
+from tinydance.data.index import Folder, Shards, Strings, Table, hash_name, tar_members
 from tinydance.data.open import open_source
 from tinydance.data.order import Files, collect_words, describe_source
 from tinydance.data.rows import Picture, Row, confine
-from tinydance.video.read import BadSample, read_image
+from tinydance.video.read import BadSample, decoding, read_image
+from tinydance.weights.safetensors import load_safetensors, save_safetensors
 
 
 def bad(source, samples):
@@ -44,8 +49,8 @@ def read(row):
 
 def open_data(data, frames=16, **fields):
     """A source as `--data` opens it."""
-    size = {"height": SIZE[0], "width": SIZE[1]}
-    return open_source(make_config("paper", data=str(data), frames=frames, **(size | fields)))
+    fields = {"height": SIZE[0], "width": SIZE[1], "frames": frames, "held_out": 0} | fields
+    return open_source(make_config("paper", data=str(data), **fields))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -336,7 +341,8 @@ def test_shards_pair_by_stem_and_take_the_text_before_the_json(tmp_path):
         "1.tar/000.mp4": (b"H", "next"),
     }
     assert rows.missing_captions == 3 and rows.notes == []
-    assert sorted(os.listdir(tmp_path)) == ["0.tar", "1.tar"]  # nothing was extracted
+    made = [name for name in os.listdir(tmp_path) if not name.startswith("tinydance_")]
+    assert sorted(made) == ["0.tar", "1.tar"]  # nothing was extracted
     assert [row.name for row in Shards([tmp_path / "0.tar"], Picture)] == ["0.tar/003.jpg"]
 
 
@@ -416,6 +422,174 @@ def test_a_shard_that_is_taken_away_makes_missing_samples(tmp_path):
             look()
 
 
+# --------------------------------------------------------------------------------------------------
+# The saved index of shards
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards of two samples, in a folder of their own."""
+    (tmp_path / "data").mkdir()
+    members = [("a.mp4", b"A"), ("a.txt", b"an a"), ("b.mp4", b"BB"), ("b.json", b"{}")]
+    return [shard(tmp_path / "data" / f"{k}.tar", members) for k in range(2)]
+
+
+def find_indexes(folder):
+    return sorted(folder.glob("tinydance_*.index"))
+
+
+def tell_rows(rows):
+    return [(row.name, read(row), row.caption) for row in rows]
+
+
+@pytest.fixture
+def count_tars(monkeypatch):
+    """The tars that were indexed, as they are."""
+    seen = []
+
+    def members(path):
+        seen.append(path.name)
+        return tar_members(path)
+
+    monkeypatch.setattr(index_module, "tar_members", members)
+    return seen
+
+
+def test_shards_are_indexed_once_and_every_process_maps_the_same_file(shards, count_tars):
+    first = Shards(shards)
+    [place] = find_indexes(shards[0].parent)
+    again = Shards(shards)
+    assert count_tars == ["0.tar", "1.tar"]
+    assert tell_rows(first) == tell_rows(again) and len(again) == 4
+    assert tell_rows(again)[2] == ("1.tar/a.mp4", b"A", "an a") and again.missing_captions == 0
+    assert again.notes == [] and [*again.hashes] == [hash_name(row.name) for row in again]
+    assert len(place.read_bytes()) < 1000 and b"an a" not in place.read_bytes()
+    if sys.platform == "linux":
+        assert str(place) in Path("/proc/self/maps").read_text()
+    Shards(shards[:1])  # of other shards, or of pictures in them, there is an index beside
+    with pytest.raises(ValueError, match="no pictures in 2 shards"):
+        Shards(shards, Picture)
+    assert len(find_indexes(shards[0].parent)) == 2 and len(Shards(shards)) == 4
+
+
+def test_an_index_takes_less_than_a_hundred_bytes_a_sample(tmp_path):
+    members = [(f"{k:09d}.{end}", b"x") for k in range(2000) for end in ("mp4", "txt", "json")]
+    rows = Shards([shard(tmp_path / "0.tar", members)])
+    assert len(rows) == 2000 and find_indexes(tmp_path)[0].stat().st_size < 100 * 2000
+
+
+@pytest.mark.parametrize("change", ["more", "time", "gone"])
+def test_a_changed_shard_is_indexed_anew_with_one_note(shards, count_tars, change):
+    Shards(shards)
+    if change == "more":
+        shard(shards[1], [("c.mp4", b"C"), *((f"{k}.txt", b"") for k in range(20))])
+    elif change == "time":
+        os.utime(shards[1], ns=(0, 10**9))
+    else:
+        shards[1].unlink()
+    count_tars.clear()
+    rows = Shards(shards)
+    assert len(rows) == {"more": 3, "time": 4, "gone": 2}[change] and "0.tar" in count_tars
+    [place] = find_indexes(shards[0].parent)
+    assert rows.notes[0] == f"{place}: made anew, for a shard has changed"
+    count_tars.clear()
+    again = Shards(shards)
+    assert (
+        not count_tars and again.notes == rows.notes[1:] and len(again.notes) == (change == "gone")
+    )
+
+
+def test_the_index_is_in_the_runs_folder_where_the_shards_cannot_be_written(
+    shards, tmp_path, count_tars, monkeypatch
+):
+    def save(tensors, path):
+        if path.parent == shards[0].parent:
+            raise PermissionError(13, "Permission denied", str(path))
+        save_safetensors(tensors, path)
+
+    monkeypatch.setattr(index_module, "save_safetensors", save)
+    source = open_data(shards[0].parent, out=str(tmp_path / "run"))
+    [place] = find_indexes(tmp_path / "run")
+    assert not find_indexes(shards[0].parent) and len(source.rows) == 4
+    assert tell_rows(open_data(shards[0].parent, out=str(tmp_path / "run")).rows)
+    assert len(count_tars) == 2
+    with pytest.raises(PermissionError):
+        Shards(shards, out=shards[0].parent)
+    count_tars.clear()
+    shutil.copy(place, shards[0].parent)  # an old one that cannot be replaced does no harm
+    os.utime(shards[1], ns=(0, 10**9))
+    assert len(Shards(shards, out=place.parent).notes) == 2  # both are old
+    assert Shards(shards, out=place.parent).notes == [] and len(count_tars) == 2
+
+
+DAMAGES = {
+    "cut": lambda data: data[:-1],
+    "empty": lambda data: b"",
+    "noise": lambda data: b"0123456789" * 30,
+    "other": lambda data: save({"table": torch.zeros(4, 9)}),
+    "columns": lambda data: data.replace(b"[4,9]", b"[9,4]"),
+    "types": lambda data: data.replace(b'"I64","shape":[4,9]', b'"F64","shape":[4,9]'),
+}
+
+
+def save(tensors):
+    with tempfile.TemporaryDirectory() as folder:
+        save_safetensors(tensors, Path(folder) / "x")
+        return (Path(folder) / "x").read_bytes()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_index_is_one_line_that_names_it_and_the_cure(shards, damage):
+    Shards(shards)
+    [place] = find_indexes(shards[0].parent)
+    whole = place.read_bytes()
+    place.write_bytes(DAMAGES[damage](whole))
+    assert place.read_bytes() != whole
+    with pytest.raises(ValueError, match="; delete it, and it is made anew") as error:
+        Shards(shards)
+    assert str(error.value).startswith(str(place)) and "\n" not in str(error.value)
+    place.unlink()
+    assert len(Shards(shards)) == 4
+
+
+def test_numbers_of_an_index_that_lie_cost_their_samples_and_no_more(shards, tmp_path):
+    (tmp_path / "secret.mp4").write_bytes(b"secret")
+    Shards(shards)
+    [place] = find_indexes(shards[0].parent)
+    index = {name: tensor.clone() for name, tensor in load_safetensors(place).items()}
+    draw, good = np.random.default_rng(0), index["table"].clone()
+    index["names"] = torch.tensor([*b"/../../secret.mp4"], dtype=torch.uint8)
+    for _ in range(60):
+        lies = torch.from_numpy(draw.choice([-(2**62), -513, -1, 0, 1, 512, 2**40, 2**62], (4, 9)))
+        index["table"] = torch.where(torch.from_numpy(draw.random((4, 9)) < 0.5), lies, good)
+        save_safetensors(index, place)
+        rows = Shards(shards)
+        for i in range(4):
+            try:
+                with decoding():
+                    assert b"secret" not in read(rows[i])
+            except BadSample:
+                pass
+
+
+def open_often(shards, times):
+    for _ in range(times):
+        os.utime(shards[1], ns=(0, time.time_ns()))  # so that the others' index is old
+        assert len(Shards(shards)) == 4
+
+
+def test_trainings_that_index_at_once_do_not_disturb_each_other(shards):
+    context = multiprocessing.get_context("fork")
+    trainings = [context.Process(target=open_often, args=(shards, 10)) for _ in range(3)]
+    for training in trainings:
+        training.start()
+    for training in trainings:
+        training.join(300)
+        assert training.exitcode == 0
+    [place] = find_indexes(shards[0].parent)
+    assert sorted(os.listdir(place.parent)) == ["0.tar", "1.tar", place.name]
+
+
 def test_who_indexes_can_show_how_far_it_is(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.mp4").touch()
@@ -429,8 +603,8 @@ def test_who_indexes_can_show_how_far_it_is(tmp_path):
             yield item
 
     for name in (tmp_path / "inner", tmp_path / "0.tar", tmp_path / "a.csv"):
-        config = make_config("paper", data=str(name))
-        assert len(open_source(config, track)) == len(open_source(config))
+        config = make_config("paper", data=str(name), held_out=0)
+        assert len(open_source(config, track)) == len(open_source(config))  # a tar: only once
     assert seen == {("indexing", "folder"): 1, ("indexing", "shard"): 1, ("indexing", "line"): 3}
 
 

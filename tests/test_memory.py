@@ -68,8 +68,8 @@ def describe(free, ranks, preset, **given):
 FITS = {  # GiB free: of 141, 80, 40 and 24 GB, without CUDA itself and the weights
     "8 x 141 GB": (122, 8, "paper", {"micro_batch": 8}),
     "8 x 80 GB": (66, 8, "paper", {"micro_batch": 3}),
-    "32 x 80 GB": (66, 32, "paper", {"micro_batch": 3, "zero": True}),
-    "8 x 40 GB": (29, 8, "paper", {"micro_batch": 4, "zero": True, "gradient_checkpointing": True}),
+    "32 x 80 GB": (66, 32, "paper", {"micro_batch": 3}),
+    "8 x 40 GB": (29, 8, "paper", {"micro_batch": 4, "gradient_checkpointing": True}),
     "1 x 24 GB": (18, 1, "small", {}),
 }
 
@@ -95,7 +95,7 @@ def test_what_cannot_fit_is_refused_with_flags_that_make_it_fit():
     with pytest.raises(ValueError, match="for 24 clips at once, and the GPU has 66") as refusal:
         describe(66, 8, "paper")
     flags = re.findall(r"--(\w+) (\w+)", str(refusal.value))
-    assert [name for name, _ in flags] == ["micro_batch", "gradient_checkpointing", "zero"]
+    assert [name for name, _ in flags] == ["micro_batch", "gradient_checkpointing"]
     describe(66, 8, "paper", **dict(flags[:1]))
     with pytest.raises(ValueError, match="try --gradient_checkpointing true$"):
         describe(18, 1, "paper", gradient_checkpointing=False)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import Spy, difference, read_shapes, tiny_model, tiny_unet
+from reference import Spy, difference, tiny_model, tiny_unet
 
 from tinydance.model import PixelDance, tau_in_steps
 from tinydance.noise import draw, generator
@@ -19,7 +19,6 @@ from tinydance.sampling import (
     sample_latents,
 )
 from tinydance.schedulers import Schedule
-from tinydance.toy.losses import build_vocabulary
 from tinydance.weights.files import read_config, write_json
 
 
@@ -342,44 +341,6 @@ def test_a_folder_from_the_hub_says_how_large_its_pictures_are(model, tmp_path):
         tmp_path / "unet" / "config.json", read_config(tmp_path / "unet") | {"sample_size": 96}
     )
     assert PixelDance.from_folder(tmp_path).settings.height == 96 * model.vae.stride
-
-
-def text_tower_of_sd21():
-    """{name: shape} of the text tower in Stable Diffusion 2.1's single file, as OpenCLIP has it."""
-    shapes = {
-        "token_embedding.weight": (49408, 1024),
-        "positional_embedding": (77, 1024),
-        "ln_final.weight": (1024,),
-        "ln_final.bias": (1024,),
-        "logit_scale": (),
-    }
-    for k in range(24):
-        block = f"transformer.resblocks.{k}."
-        for name, rows, columns in (
-            ("attn.in_proj_", 3072, 1024),
-            ("attn.out_proj.", 1024, 1024),
-            ("mlp.c_fc.", 4096, 1024),
-            ("mlp.c_proj.", 1024, 4096),
-        ):
-            shapes |= {f"{block}{name}weight": (rows, columns), f"{block}{name}bias": (rows,)}
-        for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
-            shapes[block + name] = (1024,)
-    return shapes
-
-
-def test_stable_diffusions_single_file_becomes_a_model():
-    """Names and shapes of the whole file, on the meta device: nothing is missing or left over."""
-
-    def empty(shapes, prefix):
-        return {prefix + k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
-
-    tensors = empty(text_tower_of_sd21(), "cond_stage_model.model.")
-    tensors |= empty(read_shapes("sd21_ldm"), "model.diffusion_model.")
-    tensors |= empty(read_shapes("sd_vae_ldm"), "first_stage_model.")
-    with torch.device("meta"):
-        model = PixelDance.from_ldm(tensors, build_vocabulary([]))
-    assert sum(p.numel() for p in model.unet.parameters()) == 1_411_245_380
-    assert sum(p.numel() for p in model.text_tower.parameters()) == 340_387_840
 
 
 def test_a_folder_without_parts_says_which(tmp_path):

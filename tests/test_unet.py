@@ -84,8 +84,8 @@ def test_both_kinds_of_config_file_mean_the_same_network():
     fields = read_unet_config(two_d)
     assert fields == read_unet_config(three_d) == read_unet_config(three_d | {"in_channels": 4})
     assert UNetConfig(**fields) == UNetConfig()  # the defaults are the paper's network
-    with pytest.raises(ValueError, match="not of Stable Diffusion 2's kind"):
-        read_unet_config(two_d | {"attention_head_dim": 8})
+    eight_heads = read_unet_config(two_d | {"attention_head_dim": 8})  # Stable Diffusion 1.x
+    assert eight_heads == fields | {"attention_head_dim": 40, "num_attention_heads": 8}
 
 
 @torch.no_grad()

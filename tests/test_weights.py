@@ -473,10 +473,9 @@ def test_a_network_of_more_channels_keeps_them(published):
     assert read_unet_config(published | {"in_channels": 12})["in_channels"] == 12
 
 
-def test_an_older_kind_of_unet_or_another_network_is_refused():
-    for older in ({"attention_head_dim": 8}, {"use_linear_projection": False}):
-        with pytest.raises(ValueError, match="not of Stable Diffusion 2's kind"):
-            read_unet_config(STABLE_DIFFUSION | older)
+def test_heads_that_follow_no_rule_and_another_network_are_refused():
+    with pytest.raises(ValueError, match="neither heads .* nor their widths"):
+        read_unet_config(STABLE_DIFFUSION | {"attention_head_dim": [5, 10, 20, 10]})
     with pytest.raises(ValueError, match="not a UNet's: it lacks in_channels, out_channels"):
         read_unet_config({"hidden_size": 64})
 

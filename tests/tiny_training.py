@@ -10,7 +10,7 @@ import torch
 from reference import TINY
 
 from tinydance.config import NETWORKS, make_config
-from tinydance.run.stages import train
+from tinydance.run import stages
 from tinydance.vae import VAEConfig
 
 torch.set_num_threads(1)
@@ -25,7 +25,8 @@ def tiny_train(stage: str = "all", dropout: float = 0.1, **changes) -> None:
     unet = replace(TINY["unet"], attention_levels=(False, True), temporal_dropout=dropout)
     vae = replace(TINY["vae"], scaling_factor=VAEConfig.scaling_factor)
     NETWORKS["toy"].update(TINY | {"unet": unet, "vae": vae})
-    train(make_config("toy", **(FIELDS | changes)), stage)
+    stages.VALIDATED = FIELDS["batch"]
+    stages.train(make_config("toy", **(FIELDS | changes)), stage)
 
 
 if __name__ == "__main__":

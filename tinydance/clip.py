@@ -94,17 +94,20 @@ def merge_symbols(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 class Tokenizer:
     """Text to ids as transformers' CLIPTokenizer has them, but for "!": see `read_tokenizer`.
 
-    vocab: {symbol: id}; merges: [(left, right)], first merged first; pad_id: fills up to `length`
-    tokens, by default the end token. Raises ValueError where these do not belong together.
+    merges: [(left, right)], first merged first; vocab: {symbol: id}, by default in CLIP's order;
+    pad_id: fills up to `length` tokens, by default the end token. Raises ValueError where these do
+    not belong together.
     """
 
-    def __init__(
-        self, vocab: dict[str, int], merges, pad_id: int | None = None, length: int = LENGTH
-    ):
-        self.vocab, self.merges = dict(vocab), [tuple(pair) for pair in merges]
-        self.length = length
-        needed = [START, END, *BYTE_SYMBOLS.values(), *(s + "</w>" for s in BYTE_SYMBOLS.values())]
-        needed += [symbol for left, right in self.merges for symbol in (left, right, left + right)]
+    def __init__(self, merges, vocab=None, pad_id: int | None = None, length: int = LENGTH):
+        self.merges, self.length = [tuple(pair) for pair in merges], length
+        # bytes, bytes that end a word, merges, the two specials [CLIP]; two pairs may join to one
+        # symbol, which gets one id
+        needed = [*BYTE_SYMBOLS.values(), *(symbol + "</w>" for symbol in BYTE_SYMBOLS.values())]
+        needed += [left + right for left, right in self.merges] + [START, END]
+        order = {symbol: i for i, symbol in enumerate(dict.fromkeys(needed))}
+        self.vocab = order if vocab is None else dict(vocab)
+        needed += [symbol for pair in self.merges for symbol in pair]
         missing = [symbol for symbol in needed if symbol not in self.vocab]
         if missing:
             raise ValueError(f"the vocabulary lacks {len(missing)} symbols, such as {missing[0]!r}")
@@ -116,7 +119,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path) -> "Tokenizer":
-        """Read a folder with vocab.json and merges.txt. Raises ValueError naming what is wrong."""
+        """Read the hub's folder or CLIP's own file. Raises ValueError naming what is wrong."""
         with reading(path):
             return cls(**read_tokenizer(path))
 

@@ -40,6 +40,7 @@ class Config:
         "several, each with its share behind a colon, as in clips:0.05",
     )
     images: str = option("", "likewise, pictures for image steps; else frames of the clips")
+    held_out: float = option(0.01, "share of the data that is never trained on [ours]", high=0.5)
     init: str = free(
         "",
         "model folder to start from: SD 2.1's, ModelScope's, ours, 'shipped' [ours: paper silent]",
@@ -119,7 +120,6 @@ class Config:
         "auto", "of autocast; weights stay float32"
     )
     compile: Literal["auto", "on", "off"] = free("auto", "torch.compile; auto: on with CUDA")
-    zero: bool = free(False, "each rank keeps a share of Adam's moments [ZeRO, stage 1]")
     gradient_checkpointing: bool = free(False, "less memory for a third more time")
     timeout: float = free(30, "minutes that the other ranks wait for one that hangs", high=10**6)
     workers: int = free(4, "processes that read data, on each rank")
@@ -145,6 +145,7 @@ class Config:
 COLUMNS = ("paper", "paper-hd", "small", "toy")
 TABLE = {
     "out":              ("runs/paper",    "runs/paper-hd",          "runs/small",    "runs/toy"),
+    "held_out":         (0.01,            0.01,                     0.01,            0.0),
     "init":             ("",              "runs/paper/video/model", "",              "shipped"),
     "unet":             ("init",          "init",                   "small",         "toy"),
     "height":           (256,             320,                      256,             64),

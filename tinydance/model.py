@@ -1,9 +1,9 @@
 """PixelDance in one place: the parts of a model, how it samples, what it is trained on, its folder.
 
 A model is a folder in the layout of the hub: `unet/ vae/ text_encoder/ tokenizer/ scheduler/`, each
-with its config and weights. `PixelDance.from_folder` reads Stable Diffusion 2.1, ModelScope's
-text-to-video and our own runs. What has no place there (the clip's shape, how to sample by default)
-stands in `pixeldance.json`.
+with its config and weights. `PixelDance.from_folder` reads Stable Diffusion 1.x and 2.x,
+ModelScope's text-to-video and our own runs. What has no place there (the clip's shape, how to
+sample by default) stands in `pixeldance.json`.
 """
 
 import math
@@ -19,8 +19,8 @@ from tinydance.clip import TextConfig, TextTower, Tokenizer
 from tinydance.schedulers import SAMPLERS, Schedule
 from tinydance.unet import UNet
 from tinydance.vae import VAE
-from tinydance.weights import build, pick, read_config, reading
-from tinydance.weights.files import read_json, write_json
+from tinydance.weights import build, diffusers, pick, read_config, reading
+from tinydance.weights.files import check_folder, read_json, write_json
 
 # OpenCLIP's ViT-H/14 without its last block [SD 2]; "!" (id 0) pads.
 SD2_SIZE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23}
@@ -100,12 +100,15 @@ class PixelDance:
     schedule: Schedule
     settings: Settings = field(default_factory=Settings)
 
+    def __post_init__(self):
+        width, wanted = self.text_tower.config.hidden_size, self.unet.config.cross_attention_dim
+        if width != wanted:  # SD 1.x has 768, SD 2.x and ModelScope 1024
+            raise ValueError(f"text is {width} wide, the UNet reads {wanted}: take both from one")
+
     @classmethod
     def from_folder(cls, path) -> "PixelDance":
         """Read a model folder. Raises ValueError naming what is missing or does not fit."""
-        path = Path(path)
-        if not path.is_dir():
-            raise ValueError(f"{path} is no folder; give a model folder, with unet/ and vae/ in it")
+        path = check_folder(path)
         with reading(path):
             vae, file = VAE.from_folder(path / "vae").eval(), path / "pixeldance.json"
             if file.is_file():
@@ -122,17 +125,6 @@ class PixelDance:
                 settings=build(Settings, pick(known, KEPT), file),
             )
 
-    @classmethod
-    def from_ldm(cls, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> "PixelDance":
-        """The parts of one of Stable Diffusion 2's single-file checkpoints, from `load_weights`.
-
-        Such a file has no tokenizer; any CLIP folder with vocab.json and merges.txt brings it.
-        """
-        unet, vae, tower = UNet(), VAE(), TextTower(SD2_TEXT)
-        for part in (unet, vae, tower):
-            part.load(tensors)
-        return cls(unet.eval(), vae.eval(), tower.eval(), tokenizer, Schedule())
-
     def save(self, path, dtype: torch.dtype | None = None, spatial: bool = False) -> None:
         """Write the folder; dtype: of the weights on disk; spatial: as an image model."""
         path = Path(path)
@@ -142,6 +134,7 @@ class PixelDance:
         self.tokenizer.save(path / "tokenizer")
         write_schedule(self.schedule, path / "scheduler")
         write_json(path / "pixeldance.json", pick(asdict(self.settings), KEPT))
+        write_json(path / "model_index.json", diffusers.write_model_index(spatial))
 
     def to(self, device) -> "PixelDance":
         for part in (self.unet, self.vae, self.text_tower):
@@ -199,9 +192,10 @@ class Batch(NamedTuple):
 
 
 def read_schedule(folder) -> Schedule:
-    """Read `scheduler_config.json`. Raises ValueError where it is missing or asks for more."""
+    """Read `scheduler_config.json`, whatever its class; see `read_scheduler_config`."""
     path = Path(folder) / "scheduler_config.json"
-    return build(Schedule, read_json(path), path)
+    with reading(path):
+        return build(Schedule, diffusers.read_scheduler_config(read_json(path)), path)
 
 
 def write_schedule(schedule: Schedule, folder) -> None:

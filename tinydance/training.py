@@ -9,7 +9,6 @@ Not here: which stages there are (`run/stages.py`); weights sharded over devices
 """
 
 import contextlib
-import copy
 import math
 import os
 import time
@@ -37,15 +36,16 @@ class DiffusionLoss(nn.Module):
     """|| eps - eps_hat(z_t, t, c_text, c_image) ||^2 of one batch of clips, or of images (f = 1).
 
     Every choice for a sample is a function of its number: the same in any batch, on any rank.
+    fixed_t: a t for all samples, which measures and does not train; None: any, as in training.
     """
 
-    def __init__(self, model: PixelDance, config: Config):
+    def __init__(self, model: PixelDance, config: Config, fixed_t: int | None = None):
         super().__init__()
         self.unet = model.unet
         # `model` is a dataclass, no nn.Module: VAE and text tower stay unregistered, and neither
         # the optimizer nor DDP sees them. "The weights of pre-trained text encoder and VAE model
         # are frozen during training" [paper §4.1].
-        self.model, self.config = model, config
+        self.model, self.config, self.fixed_t = model, config, fixed_t
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """A batch on the device -> named numbers, of which "loss" is lowered; all are logged."""
@@ -83,6 +83,7 @@ class DiffusionLoss(nn.Module):
 
         # The objective [DDPM algorithm 1]: any t, reached in one jump.
         t = (u_time * schedule.num_train_timesteps).long()
+        t = t if self.fixed_t is None else torch.full_like(t, self.fixed_t)
         alpha_bar_t = schedule.alpha_bar[t].to(device)
         eps = draw(generators, f, c, h, w, device=device)
         z_t = add_noise(z_0, eps, alpha_bar_t)
@@ -117,7 +118,8 @@ class Machine:
         """Compile the trained part; average gradients over the ranks after each backward pass."""
         if self.compile:
             # In place: names keep no prefix, and the averaged copy stays uncompiled. Not dynamic:
-            # one graph for clips, one for images.
+            # one graph for clips, one for images, which DDP would cut every 25 MB of gradients.
+            torch._dynamo.config.optimize_ddp = False
             trained.compile(dynamic=False)
         if self.world_size == 1:
             return objective
@@ -145,18 +147,6 @@ class Machine:
             dist.destroy_process_group()
 
 
-def make_optimizer(objective: nn.Module, lr: float, config: Config, machine: Machine):
-    """AdamW; with --zero, its two moments of a weight live on one rank only [ZeRO, stage 1]."""
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    sharded = config.zero and machine.world_size > 1  # which, fused, resumes on the CPU [torch]
-    settings = {"lr": lr, "weight_decay": config.weight_decay, "fused": not sharded}
-    if sharded:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
-
-        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **settings)
-    return torch.optim.AdamW(parameters, **settings)
-
-
 # ----------------------------------------------------------------------------------------- the loop
 @dataclass
 class Stage:
@@ -168,8 +158,9 @@ class Stage:
     steps: int
     lr: float
     stream: Callable[[int, int], Iterable[Batch]]  # (first, last) -> this rank's batches of these
-    publish: Callable[[nn.Module], None]  # write the model folder from the averaged weights
+    publish: Callable[[nn.Module], None]  # write the model folder from a host's copy of averages
     show: Callable[[nn.Module], object] = lambda ema: None  # a picture of what they can do
+    validate: Callable[[nn.Module], dict[str, float]] = lambda ema: {}  # on held-out clips
     divisible: bool = True  # is the loss of a batch the mean of its samples' losses?
 
 
@@ -185,24 +176,35 @@ class Step(NamedTuple):
 
 
 class Trainee:
-    """What training changes, and a checkpoint holds: weights, their averages, Adam's moments."""
+    """What training changes, and a checkpoint holds: weights, their averages, Adam's moments.
+
+    Every rank has all weights. The average and the moments of a weight live on one rank, its owner,
+    which steps it, sends it to the others and writes it into checkpoints [ZeRO, stage 1].
+    """
 
     def __init__(self, stage: Stage, config: Config, machine: Machine):
+        self.machine, self.trained = machine, stage.trained
         self.objective = stage.objective.to(machine.device).train()
-        self.ema = copy.deepcopy(stage.trained).eval().requires_grad_(False)
-        self.optimizer = make_optimizer(stage.objective, stage.lr, config, machine)
+        self.weights = {k: p for k, p in self.objective.named_parameters() if p.requires_grad}
+        # In the order of their sizes, in turns: so every rank owns nearly as much.
+        ordered = sorted(self.weights, key=lambda name: self.weights[name].numel())
+        self.owners = {name: k % machine.world_size for k, name in enumerate(ordered)}
+        self.own = {k: p for k, p in self.weights.items() if self.owners[k] == machine.rank}
+        self.ema = {name: p.detach().clone() for name, p in self.own.items()}
+        settings = {"lr": stage.lr, "weight_decay": config.weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW([*self.own.values()], **settings)
 
-    def gather(self) -> None:
-        """Bring sharded moments to rank 0, which saves. All ranks call it, before `state`."""
-        if hasattr(self.optimizer, "consolidate_state_dict"):
-            self.optimizer.consolidate_state_dict(to=0)
-
-    def state(self) -> dict:
-        return {name: part.state_dict() for name, part in vars(self).items()}
-
-    def load(self, state: dict) -> None:
-        for name, part in vars(self).items():
-            part.load_state_dict(state[name])
+    @torch.no_grad()
+    def step(self, step: int, decay: float) -> None:
+        """One step of AdamW by the gradients, which are the same on all ranks."""
+        self.optimizer.step()
+        for rank in range(self.machine.world_size) if self.machine.world_size > 1 else ():
+            part = [p for name, p in self.weights.items() if self.owners[name] == rank]
+            flat = torch.cat([p.flatten() for p in part])
+            dist.broadcast(flat, rank)
+            for p, x in zip(part, flat.split([p.numel() for p in part])):
+                p.copy_(x.view_as(p))
+        update_ema([*self.ema.values()], [*self.own.values()], step, decay)
 
 
 def training_steps(
@@ -213,7 +215,7 @@ def training_steps(
     A run that stopped and goes on equals a straight one: every random number is a function of
     (seed, step, sample), so a step needs no more than what `trainee` holds.
     """
-    objective, ema, optimizer = trainee.objective, trainee.ema, trainee.optimizer
+    objective = trainee.objective
     step_loss = machine.distribute(objective, stage.trained)
     begun = time.perf_counter()
     for batch in stage.stream(start, stage.steps):
@@ -222,17 +224,16 @@ def training_steps(
         dropout = generator("dropout", config.seed, batch.step, machine.rank)
         torch.manual_seed(dropout.initial_seed())
         lr = learning_rate(batch.step, stage.steps, stage.lr, config)
-        for group in optimizer.param_groups:
+        for group in trainee.optimizer.param_groups:
             group["lr"] = lr
         # -------------------------------------------------------------------- the step
-        optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW leaves what has no gradient
+        objective.zero_grad(set_to_none=True)  # None, not 0: AdamW leaves what has no gradient
         size = micro_batch(stage, batch, config, machine)
         totals = backward(step_loss, batch, size, machine)
         totals["norm"] = nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad)
         *told, norm = torch.stack([*totals.values()]).tolist()  # the one time we wait for a GPU
         if math.isfinite(norm):  # the same on all ranks, because their gradients are
-            optimizer.step()
-            update_ema(ema, stage.trained, batch.step, config.ema)
+            trainee.step(batch.step, config.ema)
         # ------------------------------------------------------------------------------
         yield Step(batch.step + 1, dict(zip(totals, told)), norm, lr, batch, waited)
         begun = time.perf_counter()
@@ -274,12 +275,11 @@ def learning_rate(step: int, steps: int, peak: float, config: Config) -> float:
     return rate
 
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, module: nn.Module, step: int, decay: float) -> None:
+def update_ema(ema: list[Tensor], weights: list[Tensor], step: int, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * weights, in float32.
 
     A decay of 0.9999 remembers some 10,000 steps, longer than a toy run. So the decay grows from
     0.1 on, and the random first weights are forgotten. [TensorFlow's ExponentialMovingAverage]
     """
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)
+    torch._foreach_lerp_(ema, weights, 1 - decay)

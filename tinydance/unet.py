@@ -42,13 +42,14 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     attention_head_dim: int = 64
+    num_attention_heads: int = 0  # if above 0, at every width; SD 1.x has 8
     cross_attention_dim: int = 1024
     norm_num_groups: int = 32
     attention_levels: tuple[bool, ...] = (True, True, True, False)  # the smallest map has none [SD]
     temporal_dropout: float = 0.1  # [ModelScope]
 
     def __post_init__(self):
-        heads, groups = self.attention_head_dim, self.norm_num_groups
+        heads, groups = self.num_attention_heads or self.attention_head_dim, self.norm_num_groups
         for width in self.block_out_channels:
             if width % heads or width % groups:
                 both = f"attention_head_dim ({heads}) and of norm_num_groups ({groups})"
@@ -292,7 +293,8 @@ class Layers(nn.Module):
 
     def __init__(self, channels: list[tuple[int, int]], config: UNetConfig, attend: int):
         super().__init__()
-        groups, head_dim = config.norm_num_groups, config.attention_head_dim
+        groups, heads = config.norm_num_groups, config.num_attention_heads
+        head_dim = channels[0][1] // heads if heads else config.attention_head_dim
         temb_dim, text_dim = 4 * config.block_out_channels[0], config.cross_attention_dim
         widths, dropout = [c_out for _, c_out in channels], config.temporal_dropout
         self.gradient_checkpointing = False
@@ -472,7 +474,7 @@ class UNet(nn.Module):
     # ------------------------------------------------------------------------------ on disk
     @classmethod
     def from_folder(cls, path, **changes) -> "UNet":
-        """Read SD 2.1's `unet/`, ModelScope's or our own. changes: other fields of `UNetConfig`."""
+        """Read SD's `unet/`, ModelScope's or our own. changes: other fields of `UNetConfig`."""
 
         def make(config: dict) -> "UNet":
             config = diffusers.read_unet_config(config)

@@ -2,9 +2,8 @@
 
 
 # %% 1
-def my_state(trained, ranks, zero):
-    moments = 8 / ranks if zero else 8
-    return trained * (4 + 4 + 4 + moments) / 2**30
+def my_state(trained, ranks):
+    return trained * (4 + 4 + (4 + 8) / ranks) / 2**30
 
 
 # %% 2

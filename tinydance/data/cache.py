@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tinydance.data.batches import Quota, load
-from tinydance.data.index import Strings
+from tinydance.data.index import Strings, hash_name
 from tinydance.data.order import Files
 from tinydance.data.rows import confine
 from tinydance.vae import FRAMES_AT_A_TIME, VAE, to_pixels
@@ -79,6 +79,7 @@ class Latents:
             raise ValueError(f"{folder}: {f'latents of {shapes}' if shapes else nothing}")
         self.places = np.concatenate(places, axis=1)  # shard, first frame there, frames
         self.names, self.captions = (Strings(texts) for texts in zip(*videos, strict=True))
+        self.hashes = np.array([*map(hash_name, self.names)])
         self.missing_captions = sum(not caption for caption in self.captions)
 
     def __len__(self) -> int:
@@ -143,7 +144,7 @@ def write_cache(
     is_whole = isinstance(source, Files) and hasattr(source.rows.kind, "pieces")
     if not is_whole or source.crop != "centre":
         raise ValueError(f"--data {data}: a cache holds one source of videos, with --crop centre")
-    folder, rows, (height, width) = Path(folder), range(len(source)), source.size
+    folder, rows, (height, width) = Path(folder), range(len(source.rows)), source.size
     manifest = {"vae": fingerprint_vae(vae), "height": height, "width": width, "fps": source.fps}
     manifest |= {"data": storable(data), "rows": len(rows), "shards": ceil(len(rows) / SHARD)}
     if (folder / "manifest.json").is_file():

@@ -1,13 +1,15 @@
 """Where the samples are: folders, CSV tables and tar shards, each as an index of rows.
 
-An index has len(), [i], `kind` (the class of its rows), `where` and `notes` for messages, and
-`missing_captions`. It holds few Python objects, of which every worker has a copy: ten million rows
-are 80 MB as offsets, and 3 GB as tuples. track(items, what, unit) may show a bar meanwhile.
+An index has len(), [i], `kind` (the class of its rows), `where` and `notes` for messages,
+`missing_captions`, and `hashes` (n,) of its rows' names. It holds few Python objects, of which
+every worker has a copy: ten million rows are 120 MB as numbers, and 3 GB as tuples.
+track(items, what, unit) may show a bar meanwhile.
 Not here: downloads, Parquet, zip, compressed tar.
 """
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import os
@@ -16,18 +18,31 @@ from array import array
 from collections.abc import Iterable, Iterator
 from math import inf
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tinydance.data.rows import MAX_TEXT, Row, Video, confine
+from tinydance.weights.safetensors import load_safetensors, save_safetensors
 from tinydance.weights.untrusted import open_file
 
 WEBVID = {"videoid", "page_dir", "name"}  # the columns of its CSV
 HUGGING_FACE = {"file_name": "path", "text": "caption"}  # its names for ours
+# What the saved index of shards holds. table: shard; offset, size; those of the text (size -1: no
+# text), is it JSON; begin and end in `names`; hash. states: size and time of each shard.
+INDEX = {"table": (torch.int64, (9,)), "names": (torch.uint8, ()), "notes": (torch.uint8, ())}
+INDEX |= {"states": (torch.int64, (2,))}
 
 
 def untracked(items: Iterable, what: str, unit: str) -> Iterable:
     return items
+
+
+def hash_name(name: str) -> int:
+    """31 bits of the name alone: `Files` holds out the rows for which this number is small."""
+    return crc32(name.encode("utf-8", "surrogateescape")) >> 1
 
 
 class Strings:
@@ -58,7 +73,7 @@ class Folder:
         names = sorted(filter(kind.fits, found))
         if not names:
             raise ValueError(f"{root}: no {kind.what} inside; use {' or '.join(kind.suffixes)}")
-        self.names = Strings(names)
+        self.names, self.hashes = Strings(names), np.array([*map(hash_name, names)])
         self.has_text = np.array([os.path.splitext(name)[0] + ".txt" in found for name in names])
         self.missing_captions = int((~self.has_text).sum())
 
@@ -89,14 +104,16 @@ class Table:
                 reader.fieldnames = self.columns
                 if not any(names <= {*self.columns} for names in (WEBVID, {"path", "caption"})):
                     raise ValueError(f"no columns path and caption among {self.columns}")
-                offsets, number = array("q", [file.tell()]), reader.line_num + 1
-                for row in reader:  # of one line, or several where text in quotes has some
-                    self.missing_captions += not self.parse(row)["caption"].strip()
+                offsets, hashes = array("q", [file.tell()]), array("i")
+                number = reader.line_num + 1
+                for row in map(self.parse, reader):  # of one line, or several in quotes
+                    self.missing_captions += not row["caption"].strip()
+                    hashes.append(hash_name(row["name"]))
                     offsets.append(file.tell())
                     number = reader.line_num + 1
         except (OSError, ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
-        self.offsets = np.array(offsets)  # of each row, and the end of the last
+        self.hashes, self.offsets = np.array(hashes), np.array(offsets)  # and the last row's end
         if not len(self):
             raise ValueError(f"{path}: no row below the names of the columns")
 
@@ -124,46 +141,89 @@ class Table:
 
 class Shards:
     """Tar files as img2dataset and video2dataset write them: the text of a.mp4 is a.txt, or else
-    "caption" in a.json. A shard is used up to its damage, and `notes` has a line about it."""
+    "caption" in a.json. A shard is used up to its damage, and `notes` has a line about it.
 
-    def __init__(self, paths: list[str | Path], kind: type[Row] = Video, track=untracked):
+    The index is saved beside the first shard, or in the folder `out` where that one cannot be
+    written, and holds until the size or the time of a shard changes. It is mapped into memory, so
+    that processes share it. ValueError: it is damaged; OSError: neither folder takes it."""
+
+    def __init__(self, paths: list[str | Path], kind: type[Row] = Video, track=untracked, out="."):
         self.paths, self.kind, self.notes = [Path(path) for path in paths], kind, []
         self.where = f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
-        # shard, offset, size; offset and size of the text (-1: none), whether the text is JSON
-        names, numbers = [], array("q")
-        for k, path in enumerate(track(self.paths, "indexing", "shard")):
-            media, texts = {}, {}
+        stats = [path.stat() if path.exists() else None for path in self.paths]
+        states = torch.tensor([(x.st_size, x.st_mtime_ns) if x else (-1, -1) for x in stats])
+        listed = json.dumps([kind.suffixes, *map(os.path.abspath, self.paths)]).encode()
+        name = f"tinydance_{kind.what}_{hashlib.sha256(listed).hexdigest()[:16]}.index"
+        places = [Path(folder) / name for folder in (self.paths[0].parent, out)]
+        saved = {place: read_index(place) for place in places if place.is_file()}
+        index = next((x for x in saved.values() if torch.equal(x["states"], states)), None)
+        if index is None:
+            self.notes += [f"{place}: made anew, for a shard has changed" for place in saved]
+            index = index_tars(self.paths, kind, track) | {"states": states}
             try:
-                for name, *place in tar_members(confine(path.parent, path.name)):
-                    stem, suffix = os.path.splitext(name)
-                    is_json = suffix.lower() == ".json"
-                    if kind.fits(name):
-                        media.setdefault(stem, (name, place))
-                    elif suffix.lower() == ".txt" or is_json and stem not in texts:
-                        texts[stem] = *place, is_json
-            except (OSError, ValueError) as error:
-                self.notes.append(f"{path}: {error}; {len(media)} samples before that are used")
-            for stem, (name, place) in media.items():
-                names.append(name)
-                numbers.extend((k, *place, *texts.get(stem, (0, -1, False))))
-        if not names:
-            reason = "; ".join([f"no {kind.what} in {len(paths)} shards", *self.notes[:1]])
-            raise ValueError(f"{paths[0]}: {reason}")
-        self.names, self.table = Strings(names), np.array(numbers).reshape(-1, 6)
-        self.missing_captions = int((self.table[:, 4] < 0).sum())
+                save_safetensors(index, place := places[0])
+            except OSError:  # the folder is another's, or the disk is full
+                save_safetensors(index, place := places[1])
+            index = read_index(place)
+        self.table, self.names = index["table"], index["names"]
+        self.notes += decode(index["notes"]).splitlines()
+        self.missing_captions, self.hashes = int((self.table[:, 4] < 0).sum()), self.table[:, 8]
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, i: int) -> Row:
-        shard, offset, size, text_offset, text_size, is_json = self.table[i].tolist()
-        path = self.paths[shard]
+        shard, *place, text_offset, text_size, is_json, begin, end, _ = self.table[i].tolist()
+        path, name = self.paths[shard], decode(self.names[begin:end])
         text = Row("", path, offset=text_offset, size=max(0, min(text_size, MAX_TEXT))).decode()
         try:
             caption = str(json.loads(text)["caption"] or "") if is_json else text
         except Exception:  # no JSON, or no caption
             caption = ""
-        return self.kind(f"{path.name}/{self.names[i]}", path, caption, offset, size)
+        return self.kind(f"{path.name}/{name}", path, caption, *place)
+
+
+def index_tars(paths: list[Path], kind: type[Row], track) -> dict[str, Tensor]:
+    """Make what INDEX describes, but the states. Raises ValueError where there is no sample."""
+    table, names, notes = array("q"), bytearray(), []
+    for k, path in enumerate(track(paths, "indexing", "shard")):
+        media, texts = {}, {}
+        try:
+            for name, *place in tar_members(confine(path.parent, path.name)):
+                stem, suffix = os.path.splitext(name)
+                is_json = suffix.lower() == ".json"
+                if kind.fits(name):
+                    media.setdefault(stem, (name, place))
+                elif suffix.lower() == ".txt" or is_json and stem not in texts:
+                    texts[stem] = *place, is_json
+        except (OSError, ValueError) as error:
+            notes.append(f"{path}: {error}; {len(media)} samples before that are used")
+        for stem, (name, place) in media.items():
+            begin, hashed = len(names), hash_name(f"{path.name}/{name}")
+            names += name.encode("utf-8", "surrogateescape")
+            table.extend((k, *place, *texts.get(stem, (0, -1, False)), begin, len(names), hashed))
+    if not table:
+        reason = "; ".join([f"no {kind.what} in {len(paths)} shards", *notes[:1]])
+        raise ValueError(f"{paths[0]}: {reason}")
+    numbers = torch.frombuffer(table, dtype=torch.int64).view(-1, 9)
+    lines = torch.tensor([*"\n".join(notes).encode("utf-8", "surrogateescape")]).byte()
+    return {"table": numbers, "names": torch.frombuffer(names, dtype=torch.uint8), "notes": lines}
+
+
+def read_index(path: Path) -> dict[str, Tensor]:
+    """A saved index, mapped into memory. Raises ValueError unless it is as INDEX says. Its numbers
+    are trusted no more than the shards are: a wrong one costs its own sample."""
+    try:
+        index = load_safetensors(path)
+        if {name: (x.dtype, x.shape[1:]) for name, x in index.items()} != INDEX:
+            raise ValueError(f"{path}: damaged, or another program's")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it, and it is made anew") from None
+    return index
+
+
+def decode(text: Tensor) -> str:
+    return text.numpy().tobytes().decode("utf-8", "surrogateescape")
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:

@@ -48,13 +48,13 @@ def open_one(name: str | list[Path], kind: type, config: Config, track) -> ToyWo
             raise ValueError(f"the toy world is square, and {size[0]}x{size[1]} is not")
         return ToyWorld(config.seed, World(config.width, config.frames))
     if isinstance(name, list):
-        rows = Shards(name, kind, track)
+        rows = Shards(name, kind, track, config.out)
     elif is_cache(name):
         rows, starts = Latents(name, size, config.fps), "grid"
     else:
         rows = (Table if name.lower().endswith(".csv") else Folder)(name, kind, track)
     given = size, config.frames, config.fps, config.seed, config.short, config.crop
-    return Files(rows, *given, starts)
+    return Files(rows, *given, starts, config.held_out)
 
 
 def parse_data(text: str) -> list[tuple[str | list[Path], float | None]]:

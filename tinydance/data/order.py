@@ -2,7 +2,8 @@
 
 What sample n is (which source, which video, from when on) is a function of (seed, n), on any number
 of machines and after a restart. A source is a dataclass with `seed`, `frames`, `size`, `leaves()`
-(its parts) and `sample(n, kind)`; `replace(source, seed=...)` is the same data in another order.
+(its parts), `sample(n, kind)` and `hold_out()`, a source of what is never trained on, or None;
+`replace(source, seed=...)` is the same data in another order.
 Not here: the toy world, a source too (`toy/source.py`); what a row is (`rows.py`).
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 from tinydance.data.index import Folder, Shards, Table
 from tinydance.model import Sample
 from tinydance.noise import rng
+from tinydance.toy.source import HELD_OUT
 from tinydance.video.read import CENTRE, REASONS, BadSample, decoding, pictures_in
 
 TRIES = 20  # bad samples in a row before a source is given up
@@ -39,9 +41,19 @@ class Files:
     short: Literal["pad", "reject"] = "pad"  # repeat a short video's last picture, or skip it
     crop: Literal["centre", "random"] = "centre"
     starts: Literal["any", "grid"] = "any"  # of a clip; grid: at multiples of 1 / fps
+    held_out: float = 0  # share of the rows, by the hash of a row's name, that is never trained on
+    is_held_out: bool = False  # are these rows the source's, or the others?
+
+    def __post_init__(self):
+        self.chosen = range(len(self.rows))
+        if self.held_out:  # 8 bytes a row, which forked workers share
+            few = np.asarray(self.rows.hashes) < self.held_out * 2**31
+            self.chosen = np.flatnonzero(few == self.is_held_out)
+        if not len(self):
+            raise ValueError(f"{self.rows.where}: --held_out {self.held_out} leaves none; use 0")
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.chosen)
 
     def sample(self, n: int, kind: Literal["clip", "first", "any"] = "clip") -> Sample:
         """A clip, or else ("first" or "any") one picture from a random time, with f = 1. An epoch
@@ -49,7 +61,7 @@ class Files:
         epoch, place = divmod(n, len(self))
         frames, failed = self.frames if kind == "clip" else 1, Counter()
         for attempt in range(TRIES):
-            i = shuffled((place + attempt) % len(self), len(self), self.seed, epoch)
+            i = self.chosen[shuffled((place + attempt) % len(self), len(self), self.seed, epoch)]
             try:
                 sample = self.read(i, frames, rng("start", self.seed, n, attempt))
                 return sample._replace(counts=failed + sample.counts)
@@ -80,12 +92,15 @@ class Files:
         counts["no_caption"] = int(not caption)
         return Sample(pixels, caption, row.name, counts)
 
+    def hold_out(self) -> "Files | None":
+        return replace(self, is_held_out=True) if len(self) < len(self.rows) else None
+
     def leaves(self) -> list["Files"]:
         return [self]
 
     def words(self) -> set[str]:
         words = set()
-        for i in range(len(self)):
+        for i in range(len(self.rows)):
             with suppress(BadSample), decoding():  # a bad row is a bad sample, when its turn comes
                 words |= {*self.rows[i].caption.lower().split()}
         return words
@@ -93,6 +108,7 @@ class Files:
     def describe(self) -> list[str]:
         rows, notes = self.rows, [f"note: {note}" for note in self.rows.notes]
         count = f"{len(rows):,} {rows.kind.what}, {rows.missing_captions:,} without caption"
+        count += f", {len(rows) - len(self):,} held out" if self.held_out else ""
         return [f"{rows.where}: {count}", *notes]
 
 
@@ -119,6 +135,10 @@ class Mixture:
         k = bisect(self.ends, slot) - 1  # the source that has this slot
         first, end = self.ends[k : k + 2]
         return self.sources[k].sample(block * (end - first) + slot - first, kind)
+
+    def hold_out(self) -> "Mixture | None":
+        held_out = [source.hold_out() for source in self.sources]
+        return replace(self, sources=held_out, seed=self.seed + HELD_OUT) if all(held_out) else None
 
     def leaves(self) -> list:
         return [leaf for source in self.sources for leaf in source.leaves()]

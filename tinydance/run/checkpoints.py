@@ -1,62 +1,112 @@
-"""Checkpoints: written whole or not at all, and verified before they are read.
+"""Checkpoints: written whole or not at all, by all ranks at once; verified before they are read.
 
-    step_00001000/state.pt        weights, averages, Adam's moments, step, configuration
-    step_00001000/manifest.json   the sha256 of that file, written last
+    step_00001000/rank_0_of_2.safetensors   weights that rank 0 owns, their averages and moments
+    step_00001000/rank_0_of_2.json          the sha256 of that file, and the configuration
 
-Machines die, and disks lie: a checkpoint counts only if its bytes are those that its manifest says.
-A folder without one is what a killed run left, and one by any other name is not the run's. [ours]
+Machines die, and disks lie: a checkpoint counts only if every rank's bytes are those that its note
+says, which is written last. Any number of ranks can go on from it. [ours]
 Not here: random states. All randomness is a function of (seed, step, sample).
 """
 
+import copy
 import hashlib
+import json
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from tinydance.config import Config
-from tinydance.training import Trainee
-from tinydance.weights.files import read_json, whole_file, write_json
+from tinydance.training import Machine, Trainee
+from tinydance.weights.files import read_json, write_json
+from tinydance.weights.safetensors import load_safetensors, save_safetensors
 
 
-def save_checkpoint(folder: Path, step: int, state: dict) -> None:
-    """Write folder/step_N; of those before it the last stays. OSError: the disk is full, say."""
-    path = folder / f"step_{step:08d}"
-    shutil.rmtree(path, ignore_errors=True)  # a damaged one: `resume` went back behind it
-    try:
-        with whole_file(path / "state.pt") as file:
-            torch.save(state, file)
-        write_json(path / "manifest.json", {"state.pt": sha256(path / "state.pt")})
-    except (OSError, RuntimeError) as error:  # torch.save may wrap an OSError in a RuntimeError
-        shutil.rmtree(path, ignore_errors=True)
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path}: cannot be written: {cause}; older checkpoints stay") from error
-    found = checkpoints(folder)
-    for old in found[: max(0, found.index(path) - 1)]:
-        shutil.rmtree(old, ignore_errors=True)
+class Writer:
+    """Writes behind the training, from copies in host memory, and never two at once."""
+
+    def __init__(self, folder: Path, config: Config, machine: Machine, publish: Callable):
+        self.folder, self.config, self.machine, self.publish = folder, config, machine, publish
+        self.thread, self.job = ThreadPoolExecutor(1), None
+
+    def save(self, step: int, trainee: Trainee) -> None:
+        """Begin to write folder/step_N; all ranks call it. Raises what `finish` raises."""
+        path, machine = self.folder / f"step_{step:08d}", self.machine
+        self.finish()
+        if machine.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)  # a damaged one: `resume` went back behind it
+        machine.wait()
+        state = {name: x.to("cpu", copy=True) for name, x in collect(trainee).items()}
+        file = path / f"rank_{machine.rank}_of_{machine.world_size}.safetensors"
+        ema = average_weights(trainee)
+        ema = ema.cpu() if machine.rank == 0 else None
+        self.job = self.thread.submit(self.write, file, state, ema)
+
+    @torch.no_grad()
+    def write(self, file: Path, state: dict[str, Tensor], ema: nn.Module | None) -> None:
+        try:
+            if ema is not None:
+                # The model folder before the checkpoint: if the run is killed between the two, it
+                # resumes before this step and writes both again.
+                self.publish(ema)
+            save_safetensors(state, file)
+            note = {"sha256": sha256(file), "config": asdict(self.config)}
+            write_json(file.with_suffix(".json"), note)
+        except OSError as error:
+            place = f"{file.parent} cannot be written: {error}"
+            raise OSError(f"{place}; older checkpoints stay") from error
+
+    def finish(self) -> None:
+        """Wait until the last one is whole on all ranks; of those before it one stays. Raises
+        OSError: the disk is full, say."""
+        if self.job:
+            self.job.result()
+            self.machine.wait()
+            for old in checkpoints(self.folder)[:-2] if self.machine.rank == 0 else ():
+                shutil.rmtree(old, ignore_errors=True)
+        self.job = None
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """All by the names that a run gives, the oldest first, whole or not."""
     found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=read_step)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def read_step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def newest_checkpoint(folder: Path, machine: Machine) -> Path | None:
     """The newest that is whole; a line is printed for each newer one that is not."""
     for path in reversed(checkpoints(folder)):
-        if is_whole(path):
+        if machine.mean(float(is_whole(path, machine))) == [1.0]:
             return path
-        print(f"note: {path} is damaged or unfinished, and passed over", flush=True)
+        if machine.rank == 0:
+            print(f"note: {path} is damaged or unfinished, and passed over", flush=True)
     return None
 
 
-def is_whole(path: Path) -> bool:
-    """Does the manifest exist, and does the state have the sha256 that the manifest says?"""
+def is_complete(path: Path) -> bool:
+    """Has every rank's file its note?"""
+    names = {file.stem for file in path.glob("rank_*.safetensors")}
+    names &= {file.stem for file in path.glob("rank_*.json")}
+    ranks = {int(name.split("_")[-1]) for name in names}
+    return len(ranks) == 1 and len(names) == ranks.pop()
+
+
+def is_whole(path: Path, machine: Machine) -> bool:
+    """Have the files the sha256 that their notes say? Each rank looks at its share of them."""
+    files = sorted(path.glob("rank_*.safetensors"))[machine.rank :: machine.world_size]
     try:
-        return read_json(path / "manifest.json")["state.pt"] == sha256(path / "state.pt")
+        notes = [read_json(file.with_suffix(".json"))["sha256"] for file in files]
+        return is_complete(path) and notes == [sha256(file) for file in files]
     except (OSError, ValueError, KeyError):
         return False
 
@@ -69,23 +119,68 @@ def sha256(path: Path) -> str:
 def resume(folder: Path, config: Config, trainee: Trainee) -> int:
     """Load the newest whole checkpoint into the trainee; -> its step, or 0 where there is none.
     Raises ValueError naming the fields in which its configuration differs."""
-    newest = newest_checkpoint(folder)
-    for path in checkpoints(folder):
-        if not all((path / name).exists() for name in ("state.pt", "manifest.json")):
+    if olds := sorted(folder.glob("step_*/state.pt")):
+        cure = "use another --out, or --resume none"
+        raise ValueError(f"{olds[-1]} is a checkpoint of an older tinydance: {cure}")
+    newest = newest_checkpoint(folder, trainee.machine)
+    for path in checkpoints(folder) if trainee.machine.rank == 0 else ():
+        if not is_complete(path):
             shutil.rmtree(path, ignore_errors=True)  # what a kill left
     if (path := newest) is None:
         return 0
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    if changes := compare_configs(state["config"], config):
+    files = sorted(path.glob("rank_*.safetensors"))
+    saved = read_json(files[0].with_suffix(".json"))["config"]
+    if changes := compare_configs(saved, config):
         other = f"{path} was trained with other choices: {'; '.join(changes)}"
         raise ValueError(f"{other}. Use those, or another --out")
-    trainee.load(state)
-    return state["step"]
+    load(trainee, {name: x for file in files for name, x in load_safetensors(file).items()})
+    return read_step(path)
+
+
+def collect(trainee: Trainee) -> dict[str, Tensor]:
+    """What this rank owns, by name: of each weight itself, its average and its moments."""
+    state = {}
+    for name, p in trainee.own.items():
+        parts = {"weight": p.detach(), "ema": trainee.ema[name]} | trainee.optimizer.state[p]
+        state |= {f"{part}.{name}": x for part, x in parts.items()}
+    return state
+
+
+@torch.no_grad()
+def load(trainee: Trainee, state: dict[str, Tensor]) -> None:
+    """Take what the ranks of a checkpoint owned. ValueError: not the weights of this network."""
+    saved = {name: state[name].shape for name in state if name.startswith("weight.")}
+    if saved != {f"weight.{name}": p.shape for name, p in trainee.weights.items()}:
+        raise ValueError("the checkpoint has other weights than this network: use another --out")
+    for name, p in trainee.weights.items():
+        p.copy_(state[f"weight.{name}"])
+    for name, p in trainee.own.items():
+        trainee.ema[name].copy_(state[f"ema.{name}"])
+        if f"step.{name}" in state:  # else it has had no gradient yet, as temporal layers of images
+            moments = {part: state[f"{part}.{name}"] for part in ("step", "exp_avg", "exp_avg_sq")}
+            moments = {part: x.to(p.device, copy=True) for part, x in moments.items()}
+            trainee.optimizer.state[p] = moments
+
+
+@torch.no_grad()
+def average_weights(trainee: Trainee) -> nn.Module:
+    """A copy of what is trained, with averages for weights. All ranks call it."""
+    trained, names = trainee.trained, {p: name for name, p in trainee.weights.items()}
+    copied = copy.deepcopy(trained).eval().requires_grad_(False)
+    for p, mean in zip(trained.parameters(), copied.parameters()):
+        if name := names.get(p):  # what is frozen is its own average
+            mean.copy_(trainee.ema.get(name, mean))
+            if trainee.machine.world_size > 1:
+                dist.broadcast(mean, trainee.owners[name])
+    return copied
 
 
 def compare_configs(saved: dict, config: Config) -> list[str]:
     """What differs, in words. Free fields may: they say where and how fast a run computes."""
-    now, free = asdict(config), {f.name for f in fields(config) if f.metadata["free"]}
+    now, free = (
+        json.loads(json.dumps(asdict(config))),
+        {f.name for f in fields(config) if f.metadata["free"]},
+    )
     # Of fields that are gone, those count that were used; fields that are newer have no old value.
     old = {name: x for name, x in saved.items() if name not in free and (name in now or x)}
     pairs = ((name, x, now.get(name, "gone")) for name, x in old.items())

@@ -7,6 +7,7 @@ line every 20 seconds. [ours] Not here: a training's options, which are `config.
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -29,6 +30,7 @@ class Parser(argparse.ArgumentParser):
 def run_main(main: Callable[[], None]) -> None:
     """Run a command's main(). An error that the user can mend is one line and exit code 2."""
     sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"  # without the line of code
     try:
         main()
     except (ValueError, OSError) as error:

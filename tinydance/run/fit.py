@@ -1,4 +1,4 @@
-"""One training around `training.training_steps`: resume, log, save, publish, draw, stop.
+"""One training around `training.training_steps`: resume, log, validate, save, publish, draw, stop.
 
 What an objective tells is logged as it is told: a new number in the log is a change of the
 objective alone. [ours] Not here: the step itself.
@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
@@ -20,7 +19,7 @@ from torch import nn
 from tinydance.config import Config
 from tinydance.data.batches import Quota
 from tinydance.data.order import COUNTED, format_counts
-from tinydance.run.checkpoints import resume, save_checkpoint
+from tinydance.run.checkpoints import Writer, average_weights, resume
 from tinydance.run.cli import Progress
 from tinydance.training import Machine, Stage, Step, Trainee, training_steps
 from tinydance.weights.files import whole_file
@@ -33,14 +32,17 @@ def fit(stage: Stage, config: Config, machine: Machine, signals=()) -> nn.Module
     folder, is_first = Path(config.out) / stage.name, machine.rank == 0
     trainee, saved = Trainee(stage, config, machine), folder / "checkpoints"
     start, skipped, quota = resume(saved, config, trainee), 0, Quota(config.max_bad)
+    writer = Writer(saved, config, machine, stage.publish)
     for left in folder.rglob("*.[0-9]*.part") if is_first else ():
         left.unlink()  # a killed run left it
     if start >= stage.steps:
-        return trainee.ema
+        return average_weights(trainee)
     log = Log(stage, folder, start) if is_first else None
     # An error here ends the steps too: as long as they wait, data workers would keep the process.
     with closing(training_steps(stage, config, machine, trainee, start)) as steps:
         for step in steps:
+            if step.done % config.sample_every == 0 or step.done == stage.steps:
+                step.numbers.update(stage.validate(average_weights(trainee)))
             step, stopping, counts = average(step, bool(signals), machine)
             if log:
                 log.write(step, counts)
@@ -51,26 +53,21 @@ def fit(stage: Stage, config: Config, machine: Machine, signals=()) -> nn.Module
                 raise ValueError(f"{skipped} steps in a row without finite gradients; {last}")
             is_last = step.done == stage.steps or stopping
             if step.done % config.save_every == 0 or is_last:
-                trainee.gather()
-                if is_first:
-                    # The model folder before the checkpoint: if the run is killed between the two,
-                    # it resumes before this step and writes both again.
-                    stage.publish(trainee.ema)
-                    head = {"step": step.done, "config": asdict(config)}
-                    save_checkpoint(saved, step.done, head | trainee.state())
-                machine.wait()
+                writer.save(step.done, trainee)
             if step.done % config.sample_every == 0 or is_last:
-                if is_first and (picture := stage.show(trainee.ema)):
+                ema = average_weights(trainee)
+                if is_first and (picture := stage.show(ema)):
                     save_picture(picture, folder / "samples" / f"step_{step.done:08d}.png")
                 machine.wait()
             if stopping:
                 break
+    writer.finish()
     if log:
         log.bar.close()
     if step.done < stage.steps:
         where = f"step {step.done} of {stage.steps} of stage {stage.name}"
         raise InterruptedError(f"stopped at {where}, and saved")
-    return trainee.ema
+    return average_weights(trainee)
 
 
 def average(step: Step, stop: bool, machine: Machine) -> tuple[Step, bool, dict[str, int]]:
@@ -111,8 +108,10 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in step.numbers.items():
-            if math.isfinite(value):
-                self.smooth[name] = 0.98 * self.smooth.get(name, value) + 0.02 * value
+            # The validation loss is rare, and always of the same clips and noise: not averaged.
+            keep = 0.0 if name == "validation" else 0.98
+            if math.isfinite(value) and not name.startswith("validation_"):
+                self.smooth[name] = keep * self.smooth.get(name, value) + (1 - keep) * value
         self.waited += step.waited
         self.counts.update(counts, skipped=int(is_skipped))
         shown = {name: f"{value:.4f}" for name, value in self.smooth.items()}

@@ -51,7 +51,7 @@ def inspect(config: Config, machine: Machine, source: Source) -> None:
 def read_rows(files: Files) -> None:
     """Print what becomes of ROWS rows, evenly chosen, when they are read as a training reads them,
     and for each reason why some cannot be read an example."""
-    chosen = np.unique(np.linspace(0, len(files) - 1, ROWS).astype(int)).tolist()
+    chosen = np.unique(np.linspace(0, len(files.rows) - 1, ROWS).astype(int)).tolist()
     counts, examples = Counter(), {}
     for i in progress(chosen, "reading", "row"):
         try:
@@ -60,5 +60,5 @@ def read_rows(files: Files) -> None:
             counts[error.reason] += 1
             examples.setdefault(error.reason, f"  {error.reason}, such as {error.message:.200}")
     found = format_counts(counts) or "nothing wrong"
-    print(f"{files.rows.where}: {len(chosen):,} of {len(files):,} rows read: {found}")
+    print(f"{files.rows.where}: {len(chosen):,} of {len(files.rows):,} rows read: {found}")
     print(*examples.values(), sep="\n", flush=True)

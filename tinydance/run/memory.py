@@ -113,8 +113,8 @@ def describe_memory(model: PixelDance, config: Config, machine: Machine) -> str:
     count = sum(p.numel() for p in model.unet.parameters())
     trained = sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
     frozen = sum(p.numel() for part in (model.vae, model.text_tower) for p in part.parameters())
-    # float32: weights, their averages; of what is trained gradients, and moments, which zero shares
-    later = 4 * count + 4 * trained + 8 * trained // (machine.world_size if config.zero else 1)
+    # float32: weights; of what is trained gradients, and a share of averages and both moments
+    later = 4 * trained + 12 * trained // machine.world_size
     total = 4 * (count + frozen) + later
     line = f"a UNet of {count:,} parameters, {trained:,} of them trained; {frozen:,} frozen in "
     line += f"VAE and text tower; {total / GIB:.1f} GiB for all that, without activations"
@@ -138,7 +138,6 @@ def describe_memory(model: PixelDance, config: Config, machine: Machine) -> str:
     if more > free:
         fit = int((free - later) // each * config.batch // batch)  # in clips
         helps = {f"--micro_batch {fit}": fit > 0, "--gradient_checkpointing true": not again}
-        helps["--zero true"] = machine.world_size > 1 and not config.zero
         cure = " or ".join(flag for flag, does in helps.items() if does)
         needs = f"needs {more / GIB:.0f} GiB more, for {most} {kind}s at once"
         has = f"the GPU has {free / GIB:.0f} free: try {cure or 'a smaller clip or network'}"

@@ -6,13 +6,14 @@ clips with an image step every 8th. Each is a `Stage` for `fit`, and leaves a fo
 Not here: the loop (`fit.py`), the losses (`training.py`, `toy/losses.py`).
 """
 
-import copy
+import math
 import os
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +33,16 @@ from tinydance.run.inspect import inspect
 from tinydance.run.memory import describe_memory
 from tinydance.schedulers import Schedule
 from tinydance.toy import SHIPPED_IMAGE, losses
+from tinydance.toy.source import HELD_OUT
 from tinydance.training import DiffusionLoss, Machine, Stage
 from tinydance.unet import UNet, is_temporal
 from tinydance.vae import VAE, to_frames, to_pixels
 from tinydance.video.strips import film_strip, psnr, show_clips, show_images
 from tinydance.weights import pick
-from tinydance.weights.files import hold
+from tinydance.weights.files import check_folder, hold
 
-HELD_OUT = 1_000_003  # added to the seed of the clips that are shown and never trained on
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # t / T of the validation loss: the middles of five fifths
+VALIDATED = 32  # clips at least, of which it is the mean
 TRAINED_BY = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}
 
 
@@ -49,7 +52,12 @@ def train(config: Config, stage: str = "all") -> None:
     tell(machine, f"tinydance on {machine.world_size} x {machine.device}, {machine.dtype}")
     rows = ((f.name, str(getattr(config, f.name)), f.metadata["help"]) for f in fields(config))
     tell(machine, "\n".join(f"  {name:<24}{value:<15} {help}" for name, value, help in rows))
-    source = open_source(config, partial(progress, shown=machine.rank == 0))
+    open_data = partial(open_source, config, partial(progress, shown=machine.rank == 0))
+    try:  # the first rank saves an index of the shards, and the others read it
+        source = open_data() if machine.rank == 0 else None
+    finally:
+        machine.wait()
+    source = source or open_data()
     tell(machine, "\n".join(describe_source(source)))
     if stage in ("benchmark", "inspect"):
         OTHERS[stage](config, machine, source)
@@ -81,7 +89,9 @@ def make_machine(config: Config) -> Machine:
 
 
 def run_stages(config: Config, machine: Machine, source: Source, names, signals) -> None:
-    held_out = replace(source, seed=config.seed + HELD_OUT)
+    held_out = source.hold_out()
+    for kind in ("clip", "first") if held_out else ():
+        held_out.sample(0, kind)  # if none can be read, it raises now and not hours later
     for name in names:
         if len(names) > 1 and getattr(config, f"{name}_steps") == 0:
             continue  # --init brings it
@@ -99,7 +109,7 @@ def run_stages(config: Config, machine: Machine, source: Source, names, signals)
             tell(machine, f"{message}: the same command goes on from there")
             break
         except torch.OutOfMemoryError:
-            cures = "--micro_batch 1, --gradient_checkpointing true, or on more ranks --zero true"
+            cures = "--micro_batch 1, --gradient_checkpointing true, or more ranks"
             raise ValueError(f"too little memory for stage {name}: try {cures}") from None
         machine.wait()
 
@@ -111,22 +121,21 @@ def share(config: Config, machine: Machine, source: Source, **options) -> Callab
 
 
 # ---------------------------------------------------------------------------------- the four stages
-def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
+def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source | None) -> Stage:
     """The autoencoder, on single frames."""
     torch.manual_seed(config.seed)
     vae, folder = VAE(NETWORKS["toy"]["vae"]), Path(config.out) / "vae" / "model"
 
     def read_pixels(count: int) -> Tensor:
-        frames = [held_out.sample(n, "any").frames for n in range(count)]
-        return to_pixels(torch.stack(frames)).to(machine.device)  # n 1 3 H W
+        frames = [(held_out or source).sample(n, "any").frames for n in range(count)]
+        return to_pixels(torch.stack(frames))  # n 1 3 H W
 
     def publish(ema: VAE) -> None:
-        vae = copy.deepcopy(ema).cpu()  # training goes on with the one that is not whitened
-        losses.whiten(vae, read_pixels(256).flatten(0, 1).cpu())  # in float64, which MPS lacks
-        vae.save(folder / "vae")
+        losses.whiten(ema, read_pixels(256).flatten(0, 1))  # on the host: MPS lacks float64
+        ema.save(folder / "vae")
 
     def show(ema: VAE):
-        x = read_pixels(16)
+        x = read_pixels(16).to(machine.device)
         y = ema.decode_video(ema.encode_video(x)).clamp(-1, 1)
         titles = ["frames", f"through the VAE, {psnr(x, y):.1f} dB"]
         return film_strip([to_frames(x[:, 0]), to_frames(y[:, 0])], titles)
@@ -137,7 +146,7 @@ def vae_stage(config: Config, machine: Machine, source: Source, held_out: Source
     return Stage("vae", objective, vae, config.vae_steps, config.vae_lr, stream, publish, show)
 
 
-def text_stage(config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
+def text_stage(config: Config, machine: Machine, source: Source, held_out: Source | None) -> Stage:
     """The tokenizer's vocabulary from the captions' words; the tower against clips, as CLIP's."""
     torch.manual_seed(config.seed)
     shape, folder = NETWORKS["toy"]["text"], Path(config.out) / "text" / "model"
@@ -160,7 +169,9 @@ def text_stage(config: Config, machine: Machine, source: Source, held_out: Sourc
     return replace(stage, divisible=False)  # each clip is compared with the captions of all
 
 
-def unet_stage(name, config: Config, machine: Machine, source: Source, held_out: Source) -> Stage:
+def unet_stage(
+    name, config: Config, machine: Machine, source: Source, held_out: Source | None
+) -> Stage:
     """The UNet: as text-to-image on single frames, or on clips with images every so often."""
     torch.manual_seed(config.seed)
     is_image, folder = name == "image", Path(config.out) / name / "model"
@@ -185,16 +196,42 @@ def unet_stage(name, config: Config, machine: Machine, source: Source, held_out:
 
     def show(ema: UNet):
         draw, kind, count = (show_images, "first", 6) if is_image else (show_clips, "clip", 3)
-        samples = [held_out.sample(n, kind) for n in range(count)]
+        samples = [(held_out or source).sample(n, kind) for n in range(count)]
         with machine.autocast():
             return draw(replace(model, unet=ema), samples, config.seed)
+
+    def validate(ema: UNet) -> dict[str, float]:
+        every = int(is_image)  # all batches are of images, or none
+        stream = share(config, machine, held_out, batch=config.batch, image_every=every)
+        clips = stream(0, math.ceil(VALIDATED / config.batch))
+        return validation_loss(replace(model, unet=ema), config, machine, clips)
 
     objective = DiffusionLoss(model, config)
     steps = config.image_steps if is_image else config.video_steps
     every = config.image_every if config.train == "all" else 0  # images train no temporal layer
     sizes = {"batch": config.batch, "image_batch": config.image_batch}
     stream = share(config, machine, source, image_every=1 if is_image else every, **sizes)
-    return Stage(name, objective, unet, steps, config.lr, stream, publish, show)
+    stage = Stage(name, objective, unet, steps, config.lr, stream, publish, show)
+    return replace(stage, validate=validate) if held_out else stage
+
+
+def validation_loss(model: PixelDance, config: Config, machine: Machine, clips) -> dict[str, float]:
+    """The loss of batches of held-out clips (or images) at LEVELS of noise, and its mean over them.
+
+    Clip by clip, each with its own noise and drops for ever: only other weights change the figure,
+    and the mean over the ranks is that of one. The mean over t is what the training loss estimates.
+    """
+    config, T = replace(config, seed=config.seed + HELD_OUT), model.schedule.num_train_timesteps
+    losses = {int(level * T): DiffusionLoss(model, config, int(level * T)) for level in LEVELS}
+    values = {t: [] for t in losses}
+    for batch in clips:
+        for k in range(len(batch.captions)):
+            clip = batch.part(slice(k, k + 1), machine.device)
+            with torch.no_grad(), machine.autocast():
+                for t, loss in losses.items():
+                    values[t].append(loss(clip)["loss"].item())
+    numbers = {f"validation_t{t}": fmean(values[t]) for t in losses}
+    return {"validation": fmean(numbers.values())} | numbers
 
 
 STAGES: dict[str, Callable[..., Stage]] = {"vae": vae_stage, "text": text_stage}
@@ -212,7 +249,7 @@ def find_part(part: str, config: Config, asking: str = "") -> Path:
         own = f"{out} has a VAE of its own, whose latents the shipped image model does not know"
         raise ValueError(f"{own}: add --from-scratch")
     if config.init:
-        folder = (SHIPPED_IMAGE if is_shipped else Path(config.init)) / part
+        folder = (SHIPPED_IMAGE if is_shipped else check_folder(config.init)) / part
     if not folder.exists():
         cure = f"run --stage {stage} first, or give --init FOLDER, such as Stable Diffusion 2.1's"
         raise ValueError(f"{folder} is missing: {cure}")

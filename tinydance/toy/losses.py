@@ -70,17 +70,12 @@ def whiten(vae: VAE, x: Tensor) -> None:
 
 def build_vocabulary(words, length: int = clip.LENGTH) -> clip.Tokenizer:
     """Make a Tokenizer with each of the words as one token; it spells all else by bytes [ours]."""
-    # in CLIP's own order: bytes, bytes that end a word, merges, the two specials
-    symbols, ranks = list(clip.BYTE_SYMBOLS.values()), {}
-    symbols += [symbol + "</w>" for symbol in symbols]
+    ranks = {}
     for word in (part for word in words for part in clip.split_words(word)):
         # new merges rank last, so they cannot change a word that is one token already
         while len(pieces := clip.merge_symbols(word, ranks)) > 1:
             ranks[pieces[0], pieces[1]] = len(ranks)
-    symbols += [left + right for left, right in ranks] + [clip.START, clip.END]
-    # two pairs may join to one symbol, which gets one id
-    vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
-    return clip.Tokenizer(vocab, ranks, length=length)
+    return clip.Tokenizer(ranks, length=length)
 
 
 def init_clip(tower: clip.TextTower) -> None:

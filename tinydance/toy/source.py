@@ -1,7 +1,7 @@
 """The toy world as a source of training samples, with the same methods as one of files: sample n is
 a function of (seed, n), and there is no last one. [ours]"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -9,6 +9,8 @@ import torch
 from tinydance.model import Sample
 from tinydance.noise import rng
 from tinydance.toy.world import World, make_clip, vocabulary
+
+HELD_OUT = 1_000_003  # added to the seed of the clips that are never trained on
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class ToyWorld:
             pick = slice(k, k + 1)
         frames, caption = make_clip(self.seed, n, self.world, pick)
         return Sample(torch.from_numpy(frames), caption, f"toy/{self.seed}/{n}")
+
+    def hold_out(self) -> "ToyWorld":
+        return replace(self, seed=self.seed + HELD_OUT)
 
     def leaves(self) -> list["ToyWorld"]:
         return [self]

@@ -89,6 +89,19 @@ def write_json(path: str | Path, content: dict) -> None:
         )
 
 
+def check_folder(path: str | Path) -> Path:
+    """Return the path of a folder. Raises ValueError that says what to do with what is none."""
+    path, cure = Path(path), "give a model folder, with unet/ and vae/ in it"
+    if path.is_file():
+        cure = f"`python -m tinydance.weights {path} --to FOLDER` makes one of it"
+    elif len(path.parts) == 2:
+        cure = f"of huggingface.co, `hf download {path} --local-dir {path.name}` makes one, where"
+        cure += " that name still is: see tinydance/weights/README.md"
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder; {cure}")
+    return path
+
+
 def read_config(folder: str | Path) -> dict:
     """Read FOLDER/config.json [hub format]. Raises ValueError as `read_json` does."""
     return read_json(Path(folder) / "config.json")

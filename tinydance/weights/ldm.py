@@ -32,6 +32,7 @@ UNET_RULES = (
     (rf"{LAYER}\.1\.", r"\1.attentions.\2."),
     (rf"{LAYER}\.2\.", r"\1.temp_attentions.\2."),
 )
+CONVOLVED = r"proj_(in|out)\.weight$"
 VAE_RULES = (
     (r"\.down\.(\d)\.", r".down_blocks.\1."),
     # the decoder runs through its levels backwards: LDM calls its first one 3, diffusers 0
@@ -70,10 +71,10 @@ def rename(tensors: dict[str, Tensor], prefix: str, rules) -> dict[str, Tensor]:
 
 
 def unet_from_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the UNet of SD 2.x, ModelScope's original, VideoCrafter2 or DynamiCrafter [SD]."""
+    """Rename the UNet of SD, ModelScope's original, VideoCrafter2 or DynamiCrafter [SD]."""
     renamed = rename(tensors, "model.diffusion_model.", UNET_RULES)
-    # three sides: a Conv1d of width 1 there, a Linear here
-    return {name: x.squeeze(-1) if x.ndim == 3 else x for name, x in renamed.items()}
+    # convolutions of width 1 there, 2-D ones in SD 1.x on the hub too; a Linear here
+    return {k: x.flatten(1) if re.search(CONVOLVED, k) else x for k, x in renamed.items()}
 
 
 def vae_from_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

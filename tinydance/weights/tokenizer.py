@@ -1,28 +1,40 @@
-"""A CLIP tokenizer's folder, as transformers' CLIPTokenizer has it [hub format]: vocab.json,
-merges.txt, and the pad token in two files beside them. Not here: `tokenizer.json`, the one file
-that newer libraries write in place of these; how a text becomes ids (`clip.py`)."""
+"""CLIP's tokenizer in its three forms: vocab.json and merges.txt [hub format]; the tokenizer.json
+that transformers 5 writes in their place; the one file of OpenAI and OpenCLIP. The pad token stands
+in two files beside the first two. Not here: how a text becomes ids (`clip.py`)."""
 
+import gzip
 from pathlib import Path
 
 from tinydance.weights.files import read_json, whole_file, write_json
-from tinydance.weights.untrusted import check_types, read_text, reading
+from tinydance.weights.untrusted import MAX_TEXT, check_types, open_file, read_text, reading
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77  # tokens per text, start and end included [CLIP]
+ORIGINAL, MERGES = "bpe_simple_vocab_16e6.txt.gz", 49_152 - 2 * 256 - 2  # of its lines, the used
 
 
-def read_tokenizer(folder) -> dict:
-    """Return the arguments of `clip.Tokenizer`. Raises ValueError naming the file at fault.
+def read_tokenizer(path) -> dict:
+    """Return the arguments of `clip.Tokenizer`: of a folder with any of the three forms, or of
+    CLIP's own file. Raises ValueError naming the file at fault.
     SD 2.x names "!" (id 0) as its pad token. transformers then turns every "!" of a prompt into id
     0, which the tower never met there in training; here id 0 only pads."""
-    folder = Path(folder)
-    vocab = read_json(folder / "vocab.json")
-    with reading(folder / "vocab.json"):
+    folder = Path(path)
+    original = folder / ORIGINAL if folder.is_dir() else folder
+    if original.is_file():  # merges alone: CLIP's order gives the ids
+        with reading(original), gzip.open(open_file(original)) as file:
+            lines = file.read(MAX_TEXT).decode().split("\n")[1 : MERGES + 1]
+            return {"merges": split_merges(lines)}
+    if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").exists():
+        with reading(folder / "tokenizer.json"):
+            model = read_json(folder / "tokenizer.json")["model"]
+            vocab, merges = model["vocab"], split_merges(model["merges"])
+    else:
+        vocab = read_json(folder / "vocab.json")
+        with reading(folder / "merges.txt"):
+            lines = read_text(folder / "merges.txt").split("\n")
+            merges = split_merges(lines[lines[0].startswith("#version") :])
+    with reading(folder):
         check_types(vocab, dict.fromkeys(vocab, int))
-    with reading(folder / "merges.txt"):
-        lines = read_text(folder / "merges.txt").split("\n")
-        lines = [line for line in lines[lines[0].startswith("#version") :] if line.strip()]
-        merges = [(left, right) for left, right in map(str.split, lines)]
     pad, length = END, LENGTH
     files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
     for known in map(read_json, filter(Path.is_file, files)):  # the second one wins
@@ -33,6 +45,12 @@ def read_tokenizer(folder) -> dict:
         needs = "the vocabulary needs the pad token, and model_max_length 3"
         raise ValueError(f"{folder}: {pad!r:.100}, {length!r:.20}: {needs}")
     return {"vocab": vocab, "merges": merges, "pad_id": vocab[pad], "length": length}
+
+
+def split_merges(pairs: list) -> list[tuple[str, str]]:
+    """Return [(left, right)] of lines "left right", as files have them, or of pairs."""
+    pairs = [pair.split() if isinstance(pair, str) else pair for pair in pairs]
+    return [(left, right) for left, right in filter(None, pairs)]
 
 
 def write_tokenizer(folder, vocab: dict[str, int], merges, pad_id: int, length: int) -> None:
