@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from reference import HERE, difference, tiny_model, tiny_unet
 from test_video import make_video
 from tiny_training import FIELDS, tiny_train
@@ -804,6 +805,19 @@ def test_every_number_that_an_objective_tells_is_logged(tmp_path, capsys):
     keys = {"step", "loss", "total", "grad_norm", "lr", "kind", "seconds", "waited", "skipped"}
     assert all(set(line) == keys for line in lines)
     assert ", loss " in capsys.readouterr().out
+
+
+def test_pictures_come_early_and_a_run_says_where(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tinydance.run.fit.EARLY", (1, 3))
+    config, objective = make_config("toy", out=str(tmp_path)), OneWeight(lambda number: 1.0)
+    stage = Stage("x", objective, objective, 5, 1e-2, black_frames, lambda ema: None)
+    stage = dataclasses.replace(stage, show=lambda ema: Image.new("RGB", (2, 2)))
+    fit(stage, config, Machine(config))
+    names = sorted(path.name for path in (tmp_path / "x" / "samples").iterdir())
+    assert names == [f"step_{n:08d}.png" for n in (1, 3, 5)]
+    told, x = capsys.readouterr().out, tmp_path / "x"
+    assert f"pictures will be in {x / 'samples'}, the model in {x / 'model'}" in told
+    assert ", norm " in told and ", lr " in told
 
 
 def test_the_steps_are_a_generator_that_anybody_may_iterate():
