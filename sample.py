@@ -85,8 +85,7 @@ def main() -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    model = PixelDance.from_folder(args.model).to(device)
-    image_model = PixelDance.from_folder(args.t2i).to(device) if args.t2i else None
+    model, image_model = load(args.model, device), load(args.t2i, device) if args.t2i else None
     words = [word for word in sys.argv[1:] if word != "--resume"]  # it makes no difference
     metadata = {"device": device, "dtype": str(dtype), "model": story.fingerprint(args.model)}
     metadata |= {"t2i": args.t2i and story.fingerprint(args.t2i)}
@@ -127,6 +126,13 @@ def main() -> None:
             except KeyboardInterrupt:
                 print("\nstopped: the same command with --resume goes on", file=sys.stderr)
                 sys.exit(130)
+
+
+def load(folder: str, device: str) -> PixelDance:
+    model = PixelDance.from_folder(folder).to(device)
+    for part in (model.unet, model.vae, model.text_tower):
+        part.requires_grad_(False)  # else autocast keeps a second copy of every weight
+    return model
 
 
 def read_videos(args: Namespace, model: PixelDance) -> list[list[story.Shot]]:

@@ -459,6 +459,13 @@ def test_the_other_presets_are_what_the_readme_says():
         assert batch.image_batch == 8 * batch.batch
 
 
+def test_what_samples_cannot_be_trained():
+    """Autocast keeps a second copy of every weight that could: 2.6 GiB at full size."""
+    model = sample.load(SHIPPED, "cpu")
+    parts = (model.unet, model.vae, model.text_tower)
+    assert not any(p.requires_grad for part in parts for p in part.parameters())
+
+
 @pytest.mark.parametrize("script", [sample, train])
 def test_help_shows_every_option(monkeypatch, capsys, script):
     code, out, _ = run(monkeypatch, capsys, script, "--help")
