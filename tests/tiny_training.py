@@ -21,11 +21,11 @@ FIELDS |= {"vae_steps": 4, "text_steps": 3, "image_steps": 4, "video_steps": 8}
 FIELDS |= {"save_every": 4, "sample_every": 1000}
 
 
-def tiny_train(stage: str = "all", dropout: float = 0.1, **changes) -> None:
+def tiny_train(stage: str = "all", dropout: float = 0.1, validated: int = 4, **changes) -> None:
     unet = replace(TINY["unet"], attention_levels=(False, True), temporal_dropout=dropout)
     vae = replace(TINY["vae"], scaling_factor=VAEConfig.scaling_factor)
     NETWORKS["toy"].update(TINY | {"unet": unet, "vae": vae})
-    stages.VALIDATED = FIELDS["batch"]
+    stages.VALIDATED = validated
     stages.train(make_config("toy", **(FIELDS | changes)), stage)
 
 
