@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from reference import HERE, difference, tiny_model, tiny_unet
+from reference import HERE, TINY, difference, tiny_model
 from test_video import make_video
 from tiny_training import FIELDS, tiny_train
 from torch import nn
@@ -640,21 +640,23 @@ def test_sigterm_saves_at_the_current_step_and_leaves_with_zero(straight, tmp_pa
 
 
 def test_two_graphs_are_compiled_one_for_clips_and_one_for_images(tmp_path, monkeypatch):
-    """DDP would have them cut into buckets of gradients: three here, 131 of the paper's network."""
+    """DDP would have them cut into buckets of gradients, 131 of the paper's network."""
     graphs, compile_ = [], nn.Module.compile
+    shape = dataclasses.replace(TINY["unet"], block_out_channels=(32,), attention_levels=(True,))
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
     monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_, backend=backend))
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 10_000)  # of a tiny network too
     store = f"file://{tmp_path}/store"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         with torch._dynamo.config.patch(optimize_ddp=True):
-            machine, unet = Machine(make_config("toy", device="cpu", compile="on")), tiny_unet()
+            machine, unet = Machine(make_config("toy", device="cpu", compile="on")), UNet(shape)
             machine.world_size = 2  # of which one is here
-            distributed = machine.distribute(unet.requires_grad_(True), unet)
+            distributed = machine.distribute(unet, unet)
             for b, f in ((2, 4), (5, 1), (2, 4)):
                 t = torch.randint(0, 1000, (b,))
                 distributed(torch.randn(b, f, 8, 8, 8), t, torch.randn(b, 24, 16)).sum().backward()
