@@ -35,8 +35,8 @@ from tinydance.weights.untrusted import read_text, reading
 PROMPT = "a red circle bounces to the right"
 PICTURES = ("first", "last")  # flags that name pictures, which are instructions by these names
 SETTINGS = [f.name for f in fields(Settings) if f.name != "fps"]  # flags that change the model's
-HELP = {"tau": "steps that see --last: 12, 0.5 or 50%%", "negative": "prompt to move away from"}
-HELP |= {"guidance": "1 is off", "ddim_eta": "0 to 1", "cond_noise_t": "noise on pictures"}
+HELP = {"tau": "steps that see --last: 12, 0.5 or 50%%; ", "negative": "to move away from; "}
+HELP |= {"guidance": "1 is off; ", "ddim_eta": "0 to 1; ", "cond_noise_t": "noise on pictures; "}
 
 
 def parse() -> Namespace:
@@ -50,18 +50,18 @@ def parse() -> Namespace:
     add("--last", nargs="+", default=[], help="picture: last-frame instruction")
     add("--sketch", action="store_true", help="show --last as an edge drawing")
     add("--edit", help="video to make again, between its first and last frame")
-    add("--clips", type=int, default=1, help="chained into one video")
+    add("--clips", type=int, default=1, help="chained into one video; default: 1")
     add("--story", help=".toml with a film's shots: see tinydance/video/README.md")
     add("--t2i", help="model folder that makes first frames: Stable Diffusion 2.1's, say")
     for name in SETTINGS:
         kind = str if name == "tau" else type(getattr(Settings, name))
-        add(f"--{name}", type=kind, help=HELP.get(name, "default: the model's"))
+        add(f"--{name}", type=kind, help=HELP.get(name, "") + "default: the model's")
     add("--model", default=SHIPPED, help="model folder; default: the shipped one")
     add("--out", help="x.mp4, x.gif, x.apng, x.png (a film strip) or x/; default: clip.mp4")
     add("--overwrite", action="store_true", help="let --out replace a file")
     add("--resume", action="store_true", help="go on with what was interrupted")
     add("--about", help="print how this video was made, and make none")
-    add("--device", default="auto", help="cuda, mps or cpu")
+    add("--device", default="auto", help="default: cuda before mps before cpu")
     add("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
     args, unknown = parser.parse_known_args()
     if unknown:
@@ -85,8 +85,7 @@ def main() -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    model = PixelDance.from_folder(args.model).to(device)
-    image_model = PixelDance.from_folder(args.t2i).to(device) if args.t2i else None
+    model, image_model = load(args.model, device), load(args.t2i, device) if args.t2i else None
     words = [word for word in sys.argv[1:] if word != "--resume"]  # it makes no difference
     metadata = {"device": device, "dtype": str(dtype), "model": story.fingerprint(args.model)}
     metadata |= {"t2i": args.t2i and story.fingerprint(args.t2i)}
@@ -127,6 +126,13 @@ def main() -> None:
             except KeyboardInterrupt:
                 print("\nstopped: the same command with --resume goes on", file=sys.stderr)
                 sys.exit(130)
+
+
+def load(folder: str, device: str) -> PixelDance:
+    model = PixelDance.from_folder(folder).to(device)
+    for part in (model.unet, model.vae, model.text_tower):
+        part.requires_grad_(False)  # else autocast keeps a second copy of every weight
+    return model
 
 
 def read_videos(args: Namespace, model: PixelDance) -> list[list[story.Shot]]:

@@ -19,13 +19,15 @@ from tinydance.run.stages import OTHERS, STAGES, train
 
 def main() -> None:
     parser, stages = Parser(description=__doc__), ("all", *STAGES, *OTHERS)
+    toy = make_config()
     parser.add_argument("--stage", default="all", choices=stages, help="which alone; default: all")
     parser.add_argument("--from-scratch", action="store_true", help="start from no trained part")
     for f in fields(Config):
         words = PRESETS if f.name == "preset" else get_args(f.type)
         repeat = {"action": "extend", "nargs": "+"} if f.name in ("data", "images") else {}
         kind = "|".join(words) or f.type.__name__
-        parser.add_argument(f"--{f.name}", metavar=kind, help=f.metadata["help"], **repeat)
+        about = f"{f.metadata['help']} (toy: {getattr(toy, f.name)})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", metavar=kind, help=about, **repeat)
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")

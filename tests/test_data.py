@@ -288,9 +288,17 @@ def test_a_folder_shows_videos_of_every_usual_suffix(tmp_path, suffix):
     assert len({*shown}) == len(shown) and sorted(shown) == shown
 
 
-def test_a_table_of_hugging_face_is_read(good, tmp_path):
-    table = good / "metadata.csv"
-    table.write_text("file_name,text\na.mp4,a cat\ninner/d.MOV,a dog\n")
+HUGGING_FACE = {
+    "csv": "file_name,text\na.mp4,a cat\ninner/d.MOV,a dog\n",
+    "jsonl": '{"file_name": "a.mp4", "text": "a cat", "size": [1, 2]}\n'
+    '{"text": "a dog", "file_name": "inner/d.MOV", "more": null}\n',
+}
+
+
+@pytest.mark.parametrize("suffix", HUGGING_FACE)
+def test_a_table_of_hugging_face_is_read(good, tmp_path, suffix):
+    table = good / f"metadata.{suffix}"
+    table.write_text(HUGGING_FACE[suffix])
     source = open_data(str(table))
     captions = {source.sample(n).caption for n in range(4)}
     table.unlink()

@@ -38,7 +38,7 @@ SHORT |= {"batch": 2, "image_batch": 2, "steps": 2, "save_every": 3, "frames": 3
 
 def train_all(out, kind, stage="all", **changes):
     given = {"out": str(out), "device": kind, "compile": "off"}
-    tiny_train(stage, dropout=0.0, **SHORT | given | changes)
+    tiny_train(stage, dropout=0.0, validated=1, **SHORT | given | changes)
 
 
 def read_state(out):

@@ -142,6 +142,23 @@ def test_a_damaged_table_is_refused_with_the_lines_number(tmp_path, text, words)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"path": "a.mp4", "caption": "x"}\n{"path": "b.mp4"}\n', "line 2: caption missing among"),
+        ('{"path": "a.mp4", "caption": "x"}\n[1]\n', "line 2: not a JSON object"),
+        ('{"path": "a.mp4", "caption": "x"\n', "line 1: "),
+        ('{"path": "a.mp4", "caption": "x", "start": 2, "end": 1}\n', "line 1: start 2.0 is not"),
+        ("[" * 100_000 + "\n", "line 1: "),
+        ("", "no row"),
+    ],
+)
+def test_damaged_lines_of_json_are_refused_with_their_number(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words) as error:
+        table(tmp_path / "a.jsonl", text)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_start_and_end_bound_what_is_shown(tmp_path):
     make_video(tmp_path / "v.mp4", frames=200)
     table(tmp_path / "a.csv", "path,caption,start,end\nv.mp4,x,2,4\nv.mp4,x,6,\n")

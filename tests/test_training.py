@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from reference import HERE, difference, tiny_model, tiny_unet
+from PIL import Image
+from reference import HERE, TINY, difference, tiny_model
 from test_video import make_video
 from tiny_training import FIELDS, tiny_train
 from torch import nn
@@ -545,29 +546,6 @@ def test_temporal_training_moves_only_what_the_paper_adds(straight, tmp_path):
     assert {line["kind"] for line in log(tmp_path)} == {"clip"}
 
 
-def test_two_graphs_are_compiled_one_for_clips_and_one_for_images(monkeypatch):
-    graphs, unet = [], tiny_unet()
-
-    def backend(graph, inputs):
-        graphs.append(inputs)
-        return graph.forward
-
-    compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **options: compile_(self, backend=backend, **options),
-    )
-    machine = Machine(make_config("toy", **FIELDS))
-    machine.compile = True
-    machine.distribute(unet, unet)
-    for _ in range(2):
-        for b, f in ((2, 4), (5, 1)):
-            t = torch.randint(0, 1000, (b,))
-            unet(torch.randn(b, f, 8, 8, 8), t, torch.randn(b, 24, 16)).sum().backward()
-    assert len(graphs) == 2
-
-
 def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("no C++ compiler found\nwith a long explanation")
@@ -634,22 +612,17 @@ def test_two_ranks_equal_one(straight, two_ranks, tmp_path):
         assert float((one[name] - two[name]).square().mean().sqrt()) < 1e-4
 
 
-def test_each_rank_saves_a_share_and_any_number_of_ranks_goes_on(straight, two_ranks, tmp_path):
-    """From two ranks to one, from one to two; half of averages and moments on each."""
-    one = tmp_path / "one"
-    before_the_video_stage(straight, one)
-    tiny_train("video", out=str(one), dropout=0.0)
-    losses = [line["loss"] for line in log(two_ranks[0])]
-    for source, ranks in ((two_ranks[0], 1), (one, 2)):
-        out = tmp_path / f"goes on on {ranks}"
-        shutil.copytree(source, out)
-        shutil.rmtree(checkpoints(out / "video" / "checkpoints")[-1])  # from step 4 on
-        read_output(run_script("video", f"out={out}", ranks=ranks))
-        again = [line["loss"] for line in log(out)]
-        assert max(abs(a - b) for a, b in zip(again[4:], losses[4:], strict=True)) < 1e-5
+def test_each_rank_saves_a_share_and_another_number_of_ranks_goes_on(two_ranks, tmp_path):
+    """One goes on from two; for 1, 2 and 4 in turns see `test_checkpoints.py`."""
+    out, losses = tmp_path / "out", [line["loss"] for line in log(two_ranks[0])]
+    shutil.copytree(two_ranks[0], out)
     sizes = {file.name: file.stat().st_size for file in out.rglob("rank_*.safetensors")}
     one, two = sizes["rank_0_of_2.safetensors"], sizes["rank_1_of_2.safetensors"]
     assert abs(one - two) < 0.1 * one
+    shutil.rmtree(checkpoints(out / "video" / "checkpoints")[-1])
+    tiny_train("video", out=str(out), dropout=0.0)  # from step 4 on, on one rank
+    again = [line["loss"] for line in log(out)]
+    assert max(abs(a - b) for a, b in zip(again, losses, strict=True)) < 1e-5
 
 
 def test_sigterm_saves_at_the_current_step_and_leaves_with_zero(straight, tmp_path):
@@ -666,29 +639,31 @@ def test_sigterm_saves_at_the_current_step_and_leaves_with_zero(straight, tmp_pa
     assert newest(tmp_path)["at"] == log(tmp_path)[-1]["step"] >= 3
 
 
-def test_compiled_on_several_ranks_a_clip_is_one_graph(tmp_path, monkeypatch):
-    """DDP would have it cut into buckets of gradients: three here, 131 of the paper's network."""
-    graphs, config = [], make_config("toy", device="cpu", compile="on")
+def test_two_graphs_are_compiled_one_for_clips_and_one_for_images(tmp_path, monkeypatch):
+    """DDP would have them cut into buckets of gradients, 131 of the paper's network."""
+    graphs, compile_ = [], nn.Module.compile
+    shape = dataclasses.replace(TINY["unet"], block_out_channels=(32,), attention_levels=(True,))
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_, backend=backend))
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 10_000)  # of a tiny network too
     store = f"file://{tmp_path}/store"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         with torch._dynamo.config.patch(optimize_ddp=True):
-            machine, model = Machine(config), tiny_model()
+            machine, unet = Machine(make_config("toy", device="cpu", compile="on")), UNet(shape)
             machine.world_size = 2  # of which one is here
-            objective = DiffusionLoss(model, config).train().requires_grad_(True)
-            step_loss = machine.distribute(objective, model.unet)
-            frames = torch.zeros(2, 4, 3, 16, 16, dtype=torch.uint8)
-            step_loss(Batch(0, frames, ["a red circle"] * 2, [0, 1], ["a", "b"]))
+            distributed = machine.distribute(unet, unet)
+            for b, f in ((2, 4), (5, 1), (2, 4)):
+                t = torch.randint(0, 1000, (b,))
+                distributed(torch.randn(b, f, 8, 8, 8), t, torch.randn(b, 24, 16)).sum().backward()
     finally:
         dist.destroy_process_group()
         torch._dynamo.reset()
-    assert len(graphs) == 1
+    assert len(graphs) == 2
 
 
 def test_two_machines_equal_one(straight, two_ranks, tmp_path):
@@ -804,6 +779,19 @@ def test_every_number_that_an_objective_tells_is_logged(tmp_path, capsys):
     keys = {"step", "loss", "total", "grad_norm", "lr", "kind", "seconds", "waited", "skipped"}
     assert all(set(line) == keys for line in lines)
     assert ", loss " in capsys.readouterr().out
+
+
+def test_pictures_come_early_and_a_run_says_where(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tinydance.run.fit.EARLY", (1, 3))
+    config, objective = make_config("toy", out=str(tmp_path)), OneWeight(lambda number: 1.0)
+    stage = Stage("x", objective, objective, 5, 1e-2, black_frames, lambda ema: None)
+    stage = dataclasses.replace(stage, show=lambda ema: Image.new("RGB", (2, 2)))
+    fit(stage, config, Machine(config))
+    names = sorted(path.name for path in (tmp_path / "x" / "samples").iterdir())
+    assert names == [f"step_{n:08d}.png" for n in (1, 3, 5)]
+    told, x = capsys.readouterr().out, tmp_path / "x"
+    assert f"pictures will be in {x / 'samples'}, the model in {x / 'model'}" in told
+    assert ", norm " in told and ", lr " in told
 
 
 def test_the_steps_are_a_generator_that_anybody_may_iterate():

@@ -5,6 +5,7 @@ Also what torchrun starts, which a test cannot patch from outside.
 
 import sys
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from reference import TINY
@@ -21,12 +22,12 @@ FIELDS |= {"vae_steps": 4, "text_steps": 3, "image_steps": 4, "video_steps": 8}
 FIELDS |= {"save_every": 4, "sample_every": 1000}
 
 
-def tiny_train(stage: str = "all", dropout: float = 0.1, **changes) -> None:
+def tiny_train(stage: str = "all", dropout: float = 0.1, validated: int = 4, **changes) -> None:
     unet = replace(TINY["unet"], attention_levels=(False, True), temporal_dropout=dropout)
     vae = replace(TINY["vae"], scaling_factor=VAEConfig.scaling_factor)
     NETWORKS["toy"].update(TINY | {"unet": unet, "vae": vae})
-    stages.VALIDATED = FIELDS["batch"]
-    stages.train(make_config("toy", **(FIELDS | changes)), stage)
+    with patch.multiple(stages, VALIDATED=validated, LEVELS=(0.1, 0.9)):
+        stages.train(make_config("toy", **(FIELDS | changes)), stage)
 
 
 if __name__ == "__main__":

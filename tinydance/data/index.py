@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tinydance.data.rows import MAX_TEXT, Row, Video, confine
 from tinydance.weights.safetensors import load_safetensors, save_safetensors
-from tinydance.weights.untrusted import open_file
+from tinydance.weights.untrusted import open_file, parse_json
 
 WEBVID = {"videoid", "page_dir", "name"}  # the columns of its CSV
 HUGGING_FACE = {"file_name": "path", "text": "caption"}  # its names for ours
@@ -86,19 +86,35 @@ class Folder:
         return self.kind(name, self.root, text.decode() if self.has_text[i] else "")
 
 
+class JsonLines:
+    """An object {...} a line, as csv.DictReader gives the rows of a table."""
+
+    fieldnames = ("path", "caption")  # each row's, which `Table.parse` looks for
+
+    def __init__(self, lines: Iterable[str]):
+        self.lines, self.line_num = iter(lines), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, str]:
+        row, self.line_num = parse_json(next(self.lines)), self.line_num + 1
+        return {HUGGING_FACE.get(k, k): "" if x is None else str(x) for k, x in row.items()}
+
+
 class Table:
-    """A CSV with the columns path, caption and maybe start and end in seconds; or Hugging Face's
-    file_name and text; or WebVid's.
+    """A CSV, or JSON lines, with path, caption and maybe start and end in seconds; or Hugging
+    Face's file_name and text; or WebVid's.
     Raises ValueError, with the line's number, where a column is missing or a line is damaged."""
 
     def __init__(self, path: str | Path, kind: type[Row] = Video, track=untracked):
         self.where, self.path, self.kind, self.notes = path, Path(path), kind, []
-        self.missing_captions, number = 0, 1
+        self.missing_captions, number, self.columns = 0, 1, None
         try:
             with open_file(path) as file:
                 file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
                 lines = (line.decode("utf-8") for line in track(file, "indexing", "line"))
-                reader = csv.DictReader(lines, strict=True)
+                reader = self.read(lines)
                 names = (name.strip().lower() for name in reader.fieldnames or [])
                 self.columns = [HUGGING_FACE.get(name, name) for name in names]
                 reader.fieldnames = self.columns
@@ -111,7 +127,7 @@ class Table:
                     hashes.append(hash_name(row["name"]))
                     offsets.append(file.tell())
                     number = reader.line_num + 1
-        except (OSError, ValueError, csv.Error) as error:
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         self.hashes, self.offsets = np.array(hashes), np.array(offsets)  # and the last row's end
         if not len(self):
@@ -123,8 +139,13 @@ class Table:
     def __getitem__(self, i: int) -> Row:
         begin, end = int(self.offsets[i]), int(self.offsets[i + 1])
         text = Row("", self.path, offset=begin, size=end - begin).open().read().decode("utf-8")
-        [row] = csv.DictReader(io.StringIO(text, newline=""), self.columns, strict=True)
+        [row] = self.read(io.StringIO(text, newline=""))
         return self.kind(root=self.path.parent, **self.parse(row))
+
+    def read(self, lines: Iterable[str]):
+        if self.path.suffix.lower() == ".jsonl":
+            return JsonLines(lines)
+        return csv.DictReader(lines, self.columns, strict=True)
 
     def parse(self, row: dict) -> dict[str, str | float]:
         """The fields of a `Row` that a row of the table gives. Raises ValueError."""
@@ -133,6 +154,8 @@ class Table:
         if WEBVID <= row.keys():
             path = f"videos/{row['page_dir']}/{row['videoid']}.mp4"
             row = {"path": path, "caption": row["name"]}
+        if missing := {"path", "caption"} - row.keys():
+            raise ValueError(f"{' and '.join(sorted(missing))} missing among {[*row]}")
         start, end = float(row.get("start") or 0), float(row.get("end") or inf)
         if not 0 <= start < end:
             raise ValueError(f"start {start} is not before end {end}")

@@ -52,7 +52,8 @@ def open_one(name: str | list[Path], kind: type, config: Config, track) -> ToyWo
     elif is_cache(name):
         rows, starts = Latents(name, size, config.fps), "grid"
     else:
-        rows = (Table if name.lower().endswith(".csv") else Folder)(name, kind, track)
+        is_table = name.lower().endswith((".csv", ".jsonl"))
+        rows = (Table if is_table else Folder)(name, kind, track)
     given = size, config.frames, config.fps, config.seed, config.short, config.crop
     return Files(rows, *given, starts, config.held_out)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tinydance.config import Config
@@ -23,6 +24,8 @@ from tinydance.run.checkpoints import Writer, average_weights, resume
 from tinydance.run.cli import Progress
 from tinydance.training import Machine, Stage, Step, Trainee, training_steps
 from tinydance.weights.files import whole_file
+
+EARLY = (50, 100, 250)  # steps with pictures too: whether anything is learnt is seen soon
 
 
 def fit(stage: Stage, config: Config, machine: Machine, signals=()) -> nn.Module:
@@ -38,6 +41,7 @@ def fit(stage: Stage, config: Config, machine: Machine, signals=()) -> nn.Module
     if start >= stage.steps:
         return average_weights(trainee)
     log = Log(stage, folder, start) if is_first else None
+    tell(machine, f"pictures will be in {folder / 'samples'}, the model in {folder / 'model'}")
     # An error here ends the steps too: as long as they wait, data workers would keep the process.
     with closing(training_steps(stage, config, machine, trainee, start)) as steps:
         for step in steps:
@@ -54,7 +58,7 @@ def fit(stage: Stage, config: Config, machine: Machine, signals=()) -> nn.Module
             is_last = step.done == stage.steps or stopping
             if step.done % config.save_every == 0 or is_last:
                 writer.save(step.done, trainee)
-            if step.done % config.sample_every == 0 or is_last:
+            if step.done % config.sample_every == 0 or step.done in EARLY or is_last:
                 ema = average_weights(trainee)
                 if is_first and (picture := stage.show(ema)):
                     save_picture(picture, folder / "samples" / f"step_{step.done:08d}.png")
@@ -115,7 +119,10 @@ class Log:
         self.waited += step.waited
         self.counts.update(counts, skipped=int(is_skipped))
         shown = {name: f"{value:.4f}" for name, value in self.smooth.items()}
-        shown |= {"lr": f"{step.lr:.1e}", "data": f"{self.waited / max(seconds, 1e-9):.0%}"}
+        shown |= {"norm": f"{step.grad_norm:.2f}", "lr": f"{step.lr:.1e}"}
+        if torch.cuda.is_initialized():
+            shown["GiB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+        shown |= {"data": f"{self.waited / max(seconds, 1e-9):.0%}"}
         self.bar.update(**shown, counts=format_counts(self.counts) or "none")
 
 

@@ -103,6 +103,9 @@ def run_stages(config: Config, machine: Machine, source: Source, names, signals)
         machine.wait()
         try:
             fit(STAGES[name](config, machine, source, held_out), config, machine, signals)
+            if name in ("image", "video"):
+                model = Path(config.out) / name / "model"
+                tell(machine, f"to see what it can do: python sample.py PROMPT --model {model}")
             if any(machine.mean(len(signals))):  # one came while the last step was saved
                 raise InterruptedError(f"stopped after stage {name}")
         except InterruptedError as message:
