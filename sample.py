@@ -35,7 +35,8 @@ from tinydance.weights.untrusted import read_text, reading
 PROMPT = "a red circle bounces to the right"
 PICTURES = ("first", "last")  # flags that name pictures, which are instructions by these names
 SETTINGS = [f.name for f in fields(Settings) if f.name != "fps"]  # flags that change the model's
-HELP = {"tau": "steps that see --last: 12, 0.5 or 50%%; ", "negative": "to move away from; "}
+HELP = {"tau": "steps that see --last: 12, 0.5 or 50%%; ", "sampler": "ddim, ddpm or dpm; "}
+HELP |= {"negative": "prompt to move away from; "}
 HELP |= {"guidance": "1 is off; ", "ddim_eta": "0 to 1; ", "cond_noise_t": "noise on pictures; "}
 
 

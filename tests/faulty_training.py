@@ -1,6 +1,6 @@
-"""A tiny training in which rank 1 fails once: `faulty_training.py FAULT STEP field=value ...`
+"""A tiny training in which rank 1 fails: `faulty_training.py FAULT=STEP ... field=value ...`
 
-FAULT: kill, raise, hang or nan, when STEP steps of the video stage are done.
+FAULT: kill, raise, hang or nan, once, when STEP steps of the video stage are done.
 """
 
 import os
@@ -14,10 +14,12 @@ from tiny_training import tiny_train
 from tinydance import training
 from tinydance.run.cli import run_main
 
+FAULTS = {"kill", "raise", "hang", "nan"}
+
 
 def main() -> None:
-    fault, step, *pairs = sys.argv[1:]
-    changes = dict(pair.split("=") for pair in pairs)
+    changes = dict(pair.split("=") for pair in sys.argv[1:])
+    faults = {int(changes.pop(name)): name for name in FAULTS & changes.keys()}
     happened = Path(changes["out"]) / "happened"
     losses = training.DiffusionLoss.forward
     calls = []
@@ -25,10 +27,11 @@ def main() -> None:
     def forward(self, batch):
         numbers = losses(self, batch)
         calls.append(numbers)
-        now = len(calls) == int(step) + 1 and os.environ["RANK"] == "1"
-        if not now or happened.exists():
+        fault = faults.get(len(calls) - 1) if os.environ["RANK"] == "1" else None
+        if not fault or happened.exists():
             return numbers
-        happened.touch()
+        if fault != "nan":
+            happened.touch()
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "raise":

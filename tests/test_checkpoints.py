@@ -147,7 +147,9 @@ def test_weights_are_shared_out_evenly_and_each_has_one_owner():
 
 def test_a_checkpoint_of_another_network_or_of_an_older_tinydance_is_refused(tmp_path):
     save(tmp_path, 5, size=12)
-    with pytest.raises(ValueError, match="other weights than this network: use another --out"):
+    with pytest.raises(
+        ValueError, match=r"step_00000005.*: other weights than this network's: use another"
+    ):
         resume(tmp_path, CONFIG, make_trainee(10))
     (tmp_path / "step_00000009").mkdir()
     (tmp_path / "step_00000009" / "state.pt").write_bytes(b"older")

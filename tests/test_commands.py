@@ -99,21 +99,21 @@ def test_a_file_of_prompts_makes_a_video_each_the_same_on_one_rank_and_two(
 ):
     (folder / "prompts.txt").write_text("a red circle\n\na blue circle moves left\nred\n")
     given = ["--prompts", "prompts.txt", "--model", "model", "--first", "photo.jpg"]
-    _, out, _ = run(monkeypatch, capsys, sample, *given, "--out", "one/x.gif")
-    names = [f"x_{n:04d}.gif" for n in range(3)]
+    _, out, _ = run(monkeypatch, capsys, sample, *given, "--out", "one/x.apng")
+    names = [f"x_{n:04d}.apng" for n in range(3)]
     assert out.split() == [f"one/{name}" for name in names]
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, share in (("0", names[::2]), ("1", names[1::2])):
         monkeypatch.setenv("RANK", rank)
-        _, out, _ = run(monkeypatch, capsys, sample, *given, "--out", "two/x.gif")
+        _, out, _ = run(monkeypatch, capsys, sample, *given, "--out", "two/x.apng")
         assert out.split() == [f"two/{name}" for name in share]
     made = [read_pixels(f"one/{name}") for name in names]
     for name, pixels in zip(names, made):  # the files differ in the command that is inside
         assert np.array_equal(pixels, read_pixels(f"two/{name}"))
     assert len({pixels.tobytes() for pixels in made}) == 3
-    (folder / "two" / "x_0001.gif").unlink()
-    _, out, err = run(monkeypatch, capsys, sample, *given, "--out", "two/x.gif", "--resume")
-    assert out.split() == ["two/x_0001.gif"]  # rank 1's share; what is there is not made again
+    (folder / "two" / "x_0001.apng").unlink()
+    _, out, err = run(monkeypatch, capsys, sample, *given, "--out", "two/x.apng", "--resume")
+    assert out.split() == ["two/x_0001.apng"]  # rank 1's share; what is there is not made again
 
 
 def read_pixels(path):

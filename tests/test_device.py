@@ -60,20 +60,6 @@ def test_every_stage_trains_draws_saves_and_resumes(tmp_path, kind):
         assert max((one[name] - two[name]).abs().max() for name in two) < 1e-4
 
 
-def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
-    waits = []
-
-    def count(*args):
-        for step in training.training_steps(*args):
-            waits.append(OnDevice.waits)
-            yield step
-
-    monkeypatch.setattr(fit, "training_steps", count)
-    with pretend("cuda"):
-        train_all(tmp_path, "cuda", video_steps=4, save_every=9, micro_batch=1)
-    assert np.diff(waits[-4:]).tolist() == [1, 1, 1]  # of clips and of images
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working directory with a tiny model, pictures, a video, and a story."""
@@ -85,6 +71,23 @@ def folder(tmp_path, monkeypatch):
         save_video(frames.to(torch.uint8)[: 1 if ".png" in name else 4], name)
     (tmp_path / "film.toml").write_text('shot = [{prompt = "a red circle"}, {last = "b.png"}]')
     return tmp_path
+
+
+GIVEN = {"init": "model", "unet": "init", "frames": 4}  # nothing before the video stage
+
+
+def test_a_step_waits_for_the_device_once(folder, monkeypatch):
+    waits = []
+
+    def count(*args):
+        for step in training.training_steps(*args):
+            waits.append(OnDevice.waits)
+            yield step
+
+    monkeypatch.setattr(fit, "training_steps", count)
+    with pretend("cuda"):
+        train_all("run", "cuda", "video", video_steps=4, save_every=9, micro_batch=1, **GIVEN)
+    assert np.diff(waits[-4:]).tolist() == [1, 1, 1]  # of clips and of images
 
 
 INSTRUCTIONS = {
@@ -116,10 +119,9 @@ def test_every_instruction_is_sampled_and_gives_what_a_cpu_gives(folder, monkeyp
 
 
 def test_latents_are_cached_and_trained_on(folder, kind="cuda"):
-    given = {"init": "model", "unet": "init", "frames": 4}
     with pretend(kind):
-        train_all("latents", kind, data="clips", stage="latents", **given)
-        train_all("run", kind, data="latents", stage="video", video_steps=1, **given)
+        train_all("latents", kind, data="clips", stage="latents", **GIVEN)
+        train_all("run", kind, data="latents", stage="video", video_steps=1, **GIVEN)
     assert (folder / "run/video/samples/step_00000001.png").exists()
 
 
@@ -156,16 +158,16 @@ def put_back(monkeypatch, owner, name, now, then):
     monkeypatch.setattr(owner, name, scope[name])
 
 
-def strip(tmp_path):
+def strip():
     strips.film_strip([torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device=OnDevice.kind)])
 
 
-def vae_stage(tmp_path):
-    train_all(tmp_path, OnDevice.kind, stage="vae")
+def vae_stage():
+    train_all("run", OnDevice.kind, "vae")
 
 
-def video_stage(tmp_path):
-    train_all(tmp_path, OnDevice.kind)
+def video_stage():
+    train_all("run", OnDevice.kind, "video", **GIVEN)
 
 
 FAULTS = {
@@ -197,13 +199,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_is_put_back_is_found(tmp_path, monkeypatch, fault):
+def test_a_fault_that_is_put_back_is_found(folder, monkeypatch, fault):
     (kind, work, *function), (now, then, message) = FAULTS[fault]
     put_back(monkeypatch, *function, now, then)
     monkeypatch.setattr(training, "draw", noise.draw)  # others know these two by their own name
     monkeypatch.setitem(stages.STAGES, "vae", stages.vae_stage)
     with pretend(kind), pytest.raises((TypeError, RuntimeError), match=message):
-        work(tmp_path)
+        work()
 
 
 @pytest.fixture

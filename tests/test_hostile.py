@@ -303,8 +303,8 @@ def fuzz(count, seed, root, clip, model):
 
 
 def test_mutated_files_are_read_or_refused_in_one_line(clip, model, tmp_path):
-    told = fuzz(200, 0, tmp_path, clip, model)
-    assert sum(refused for _, refused, _ in told.values()) > 30
+    told = fuzz(100, 0, tmp_path, clip, model)
+    assert sum(refused for _, refused, _ in told.values()) > 15
 
 
 if __name__ == "__main__":  # python tests/test_hostile.py COUNT SEED

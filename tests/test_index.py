@@ -251,6 +251,31 @@ def test_paths_that_stay_inside_may_take_any_way(tmp_path):
         confine(root / "b", "../c.mp4")
 
 
+def test_data_on_another_disk_is_read_where_root_allows_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    disk, folder = tmp_path / "disk", tmp_path / "clips"
+    for place in (disk / "deep", folder):
+        place.mkdir(parents=True)
+    make_video(disk / "deep" / "a.mp4", frames=20)
+    make_video(tmp_path / "secret.mp4", frames=20)
+    (disk / "deep" / "a.txt").write_text("a red circle")
+    (folder / "link").symlink_to(disk / "deep")
+    (folder / "out.mp4").symlink_to(tmp_path / "secret.mp4")
+    paths = ["deep/a.mp4", str(disk / "deep" / "a.mp4")]
+    with open(folder / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path", "caption"], *([path, "red"] for path in paths)])
+    for data, caption in (("clips", "a red circle"), ("clips/a.csv", "red")):
+        with pytest.raises(ValueError, match="unsafe"):
+            open_data(data, 2).sample(0)
+        source = open_data(data, 2, root=str(disk))
+        seen = [source.sample(n) for n in range(12)]
+        assert {sample.caption for sample in seen} == {caption}
+        assert {os.path.basename(sample.name) for sample in seen} == {"a.mp4"}
+    assert set(bad(open_data("clips", 2, root=str(disk)), 12)) == {"unsafe"}  # out.mp4
+    with pytest.raises(ValueError, match="root is nowhere: no such folder"):
+        open_data("clips/a.csv", 2, root="nowhere")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.mp4")

@@ -42,17 +42,12 @@ def printed(cell) -> str:
 
 
 # ------------------------------------------------------------------------------------ they run
-def run_notebook(name: str):
+@each_notebook
+def test_it_runs_in_a_kernel_where_stubs_fail_their_checks_and_solutions_pass(name):
     path = COURSE / f"{name}.ipynb"
     notebook = run.with_solutions(run.read(path), run.solutions(path), stubs=True)
     run.execute(notebook, fast=True)
-    return notebook
-
-
-@each_notebook
-@pytest.mark.beside(work=run_notebook)
-def test_it_runs_in_a_kernel_where_stubs_fail_their_checks_and_solutions_pass(name, beside):
-    verdicts = [printed(cell) for cell in tagged(beside, "check")]
+    verdicts = [printed(cell) for cell in tagged(notebook, "check")]
     stubs, solved = verdicts[::2], verdicts[1::2]
     assert len(stubs) == len(solved) >= 3
     for verdict in stubs:

@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
     """A model, an image model, two networks, and real videos of three classes."""
     monkeypatch.chdir(tmp_path)
     model = tiny_model()
-    model.settings = replace(model.settings, frames=10, height=32, width=32, steps=2)
+    model.settings = replace(model.settings, frames=10, height=16, width=16, steps=2)
     model.save("model")
     torch.jit.script(Means()).save("features.pt")
     torch.jit.script(Classes()).save("classes.pt")

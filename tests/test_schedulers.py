@@ -1,6 +1,7 @@
 """Noise in and noise out, against the reference libraries' trajectories and slow formulas."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,17 +15,21 @@ from tinydance.schedulers import (
     add_noise,
     ddim_step,
     ddpm_posterior,
-    ddpm_step,
     split_prediction,
     target,
 )
 
 CONFIG, _, GOLDEN = golden("schedulers")
+DPM = golden("dpm")[2]  # {prediction, steps, how it ends: z_0}
 
 
 def stand_in(x, t):
     """The network of the golden trajectories (config.note)."""
     return 0.3 * x + 0.1 * torch.sin(3 * x + t / 1000)
+
+
+def denoise(z_t, t, i):
+    return stand_in(z_t, t)
 
 
 def test_alpha_bar_is_stable_diffusions():
@@ -98,13 +103,13 @@ def test_ddim_with_eta_one_and_ddpm_are_the_same_chain():
     generator = torch.Generator().manual_seed(0)
     z, out, noise = (torch.randn(2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
     ddim = ddim_step(z, out, t, s, schedule, 1.0, noise)
-    assert difference(ddim, ddpm_step(z, out, t, s, schedule, noise)) < 1e-9
+    mean, sigma = ddpm_posterior(z, out, t, s, schedule)
+    assert difference(ddim, mean + sigma * noise) < 1e-9
 
 
 def test_the_last_ddpm_step_adds_no_noise():
-    z = torch.ones(1, 4)
-    noise = torch.full_like(z, 1e6)
-    assert float(ddpm_step(z, z, 1, -1, Schedule(), noise).abs().max()) < 10
+    for schedule in (Schedule(), Schedule(set_alpha_to_one=True)):
+        assert ddpm_posterior(GOLDEN["noise"], GOLDEN["noise"], 1, -1, schedule)[1] == 0.0
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -134,15 +139,45 @@ def test_trailing_begins_at_the_purest_noise():
     assert Schedule(timestep_spacing="trailing").timesteps(50)[0][0] == 999
 
 
-def test_zero_terminal_snr_samples_to_the_end():
-    schedule = Schedule(
-        prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
-    )
-    for step in (ddim_step, ddpm_step):
-        z = GOLDEN["noise"]
-        for t, t_prev in schedule.timesteps(10):
-            z = step(z, stand_in(z, t), t, t_prev, schedule, noise=torch.zeros_like(z))
-        assert torch.isfinite(z).all()
+@pytest.mark.parametrize("at_one", [True, False])
+def test_zero_terminal_snr_samples_to_the_end(at_one):
+    fields = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    schedule = Schedule(prediction_type="v_prediction", set_alpha_to_one=at_one, **fields)
+    settings, zeros = SimpleNamespace(steps=10, ddim_eta=0.5), torch.zeros_like(GOLDEN["noise"])
+    for sampler in SAMPLERS.values():
+        zs = list(sampler(denoise, GOLDEN["noise"], schedule, settings, lambda: zeros))
+        assert len(zs) == 10 and all(torch.isfinite(z_t).all() for z_t in zs)
+
+
+@pytest.mark.parametrize("name", DPM)
+def test_dpm_trajectories_are_the_references(name):
+    prediction, steps, end = re.fullmatch(r"(.*)_(\d+)_(sigma_min|zero)", name).groups()
+    schedule = Schedule(prediction_type=prediction, set_alpha_to_one=end == "zero")
+    settings = SimpleNamespace(steps=int(steps))
+    *_, z_0 = SAMPLERS["dpm"](denoise, GOLDEN["noise"], schedule, settings, None)
+    assert difference(z_0, DPM[name]) < 1e-4
+
+
+@pytest.mark.parametrize("name, order", [("ddim", 1), ("dpm", 2)])
+def test_the_error_falls_with_the_order_of_the_sampler(name, order):
+    """z_0 ~ N(0, 0.25) has the best network, and the true path from z_T, in closed form."""
+    schedule, z_T = Schedule(timestep_spacing="trailing"), torch.ones(1, dtype=torch.float64)
+    ab = schedule.alpha_bar.double()
+    deviation = (0.25 * ab + 1 - ab).sqrt()  # of z_t: on the true path z_t / deviation stays
+
+    def best(z_t, t, i):
+        return (1 - ab[t]).sqrt() / deviation[t] ** 2 * z_t  # E[eps | z_t]
+
+    def error(steps):
+        for z_t, (_, t) in zip(
+            SAMPLERS[name](best, z_T, schedule, SimpleNamespace(steps=steps, ddim_eta=0), None),
+            schedule.timesteps(steps),
+        ):
+            if t == 499:  # far from the last step, which is of first order
+                return abs(float(z_t - deviation[t] / deviation[-1]))
+
+    slopes = [math.log2(error(n) / error(2 * n)) for n in (20, 50)]
+    assert all(abs(slope - order) < 0.25 for slope in slopes), slopes
 
 
 def test_a_perfect_network_leads_ddim_back_to_the_clip():
@@ -168,15 +203,12 @@ def test_a_sampler_yields_every_z_t_and_draws_only_the_noise_that_it_needs(name,
     noises = torch.randn(7, *z.shape, generator=torch.Generator().manual_seed(0))
     left, settings = iter(noises), SimpleNamespace(steps=7, ddim_eta=ddim_eta)
 
-    def denoise(z_t, t, i):
-        return stand_in(z_t, t)
-
     zs = list(SAMPLERS[name](denoise, z, schedule, settings, lambda: next(left)))
     assert len(zs) == 7 and len(list(left)) == 7 - draws
     for z_t, (t, t_prev), noise in zip(zs, schedule.timesteps(7), noises, strict=True):
-        step = {"ddim": ddim_step, "ddpm": ddpm_step}[name]
-        eta = [ddim_eta] if name == "ddim" else []
-        z = step(z, stand_in(z, t), t, t_prev, schedule, *eta, noise)
+        given = z, stand_in(z, t), t, t_prev, schedule
+        mean, sigma = ddpm_posterior(*given)
+        z = ddim_step(*given, ddim_eta, noise) if name == "ddim" else mean + sigma * noise
         assert torch.equal(z_t, z)
 
 

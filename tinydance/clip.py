@@ -22,28 +22,20 @@ from torch import Tensor, nn
 from tinydance.weights import build, load_into, read_part, reading, save_weights
 from tinydance.weights.diffusers import write_text_config
 from tinydance.weights.ldm import text_from_any
-from tinydance.weights.tokenizer import END, LENGTH, START, read_tokenizer, write_tokenizer
+from tinydance.weights.tokenizer import (
+    BYTE_SYMBOLS,
+    END,
+    LENGTH,
+    START,
+    read_tokenizer,
+    write_tokenizer,
+)
 
 MAX_WORD = 1000  # bytes of a word that are read [ours]
 CONTRACTION = re.compile("'(?:s|t|re|ve|m|ll|d)")
 
 
 # ------------------------------------------------------------------------------------ the tokenizer
-def make_byte_symbols() -> dict[int, str]:
-    """The 256 characters that stand for the 256 bytes, in the order of their ids [CLIP].
-
-    Printable bytes stand for themselves; the others borrow the characters from 256 on, so that no
-    symbol is a space or a control character and a text file can hold the vocabulary.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    symbols = {byte: chr(byte) for byte in printable}
-    return symbols | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-BYTE_SYMBOLS = make_byte_symbols()
-
-
 def split_words(text: str) -> list[str]:
     r"""The words of a text: runs of letters, single digits, runs of other signs, 's and 'll [CLIP].
 

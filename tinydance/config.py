@@ -40,6 +40,7 @@ class Config:
         "several, each with its share behind a colon, as in clips:0.05",
     )
     images: str = option("", "likewise, pictures for image steps; else frames of the clips")
+    root: str = free("", "folder in which tables' files and links may lie [default: the data's]")
     held_out: float = option(0.01, "share of the data that is never trained on [ours]", high=0.5)
     init: str = free(
         "",

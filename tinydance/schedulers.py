@@ -160,7 +160,8 @@ def ddim_step(
 def ddpm_posterior(
     z_t: Tensor, out: Tensor, t: int, t_prev: int, schedule: Schedule
 ) -> tuple[Tensor, float]:
-    """Mean (like z_t) and standard deviation of q(z_prev | z_t, z_0_hat) [DDPM Eq. 7].
+    """Mean (like z_t) and standard deviation of q(z_prev | z_t, z_0_hat) [DDPM Eq. 7]: what a step
+    of ancestral sampling draws from [DDPM algorithm 2].
 
         alpha = ab / ab_prev        of this step, which may be a stride of many
         mean  = (sqrt(ab_prev) (1 - alpha) z_0_hat + sqrt(alpha) (1 - ab_prev) z_t) / (1 - ab)
@@ -179,33 +180,44 @@ def ddpm_posterior(
     return mean, math.sqrt((1 - ab_prev) / (1 - ab) * (1 - alpha))
 
 
-def ddpm_step(
-    z_t: Tensor, out: Tensor, t: int, t_prev: int, schedule: Schedule, noise: Tensor | None = None
-) -> Tensor:
-    """One step of ancestral sampling [DDPM algorithm 2]; the last step adds no noise."""
-    mean, sigma = ddpm_posterior(z_t, out, t, t_prev, schedule)
-    return mean + sigma * noise if t_prev >= 0 else mean
-
-
 # A sampler makes z_0 of z_T, and yields z_t after every step. settings: `steps`, and what is the
-# sampler's own (`model.Settings`). noise() draws a standard normal like z_t. One with a memory of
-# the steps before keeps it in local variables.
+# sampler's own (`model.Settings`). noise() draws a standard normal like z_t.
 
 
 def ddim(denoise: Denoiser, z_T: Tensor, schedule: Schedule, settings, noise) -> Iterator[Tensor]:
     z_t = z_T
     for i, (t, t_prev) in enumerate(schedule.timesteps(settings.steps)):
-        out = denoise(z_t, t, i)
         fresh = noise() if settings.ddim_eta > 0 else None
-        z_t = ddim_step(z_t, out, t, t_prev, schedule, settings.ddim_eta, fresh)
+        z_t = ddim_step(z_t, denoise(z_t, t, i), t, t_prev, schedule, settings.ddim_eta, fresh)
         yield z_t
 
 
 def ddpm(denoise: Denoiser, z_T: Tensor, schedule: Schedule, settings, noise) -> Iterator[Tensor]:
     z_t = z_T
     for i, (t, t_prev) in enumerate(schedule.timesteps(settings.steps)):
-        z_t = ddpm_step(z_t, denoise(z_t, t, i), t, t_prev, schedule, noise())
+        mean, sigma = ddpm_posterior(z_t, denoise(z_t, t, i), t, t_prev, schedule)
+        z_t = mean + sigma * noise()  # sigma is 0 in the last step
         yield z_t
 
 
-SAMPLERS = {"ddim": ddim, "ddpm": ddpm}
+def dpm(denoise: Denoiser, z_T: Tensor, schedule: Schedule, settings, noise) -> Iterator[Tensor]:
+    """DPM-Solver++ of second order, "2M" [Lu et al. 2022b, algorithm 2]: a step of DDIM towards
+    where z_0_hat is heading, judged by its change since the step before. The last is DDIM's own.
+
+        goal   = z_0_hat + h / (2 h_before) (z_0_hat - z_0_before)
+        h      = lambda_prev - lambda_t,    lambda = log sqrt(ab / (1 - ab))
+        z_prev = sqrt(ab_prev) goal + sqrt(1 - ab_prev) (z_t - sqrt(ab) goal) / sqrt(1 - ab)
+    """
+    z_t, z_0_before, h_before = z_T, z_T, 1.0
+    twice_lambda = schedule.alpha_bar.double().logit()
+    for i, (t, t_prev) in enumerate(schedule.timesteps(settings.steps)):
+        ab, ab_prev = schedule.alpha_bar_at(t), schedule.alpha_bar_at(t_prev)
+        z_0_hat, _ = split_prediction(z_t, denoise(z_t, t, i), ab, schedule.prediction_type)
+        h = float(twice_lambda[t_prev] - twice_lambda[t]) if t_prev >= 0 else 0.0
+        goal = z_0_hat + (h / (2 * h_before) if i > 0 else 0.0) * (z_0_hat - z_0_before)
+        z_t = ab_prev**0.5 * goal + ((1 - ab_prev) / (1 - ab)) ** 0.5 * (z_t - ab**0.5 * goal)
+        z_0_before, h_before = z_0_hat, h
+        yield z_t
+
+
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm": dpm}

@@ -227,7 +227,8 @@ class VAE(nn.Module):
         b, f, _, height, width = frames.shape
         c, stride = self.config.latent_channels, self.stride
         if holds_moments(frames):
-            return draw_latents(frames.float(), draw_eps(f, c, height, width))
+            mean, std = frames.float().chunk(2, dim=2)  # scaled; drawn as `encode_video` does
+            return mean + std * draw_eps(f, c, height, width)
         pixels = to_pixels(frames) if frames.dtype == torch.uint8 else frames
         return self.encode_video(pixels, draw_eps(f, c, height // stride, width // stride))
 
@@ -257,9 +258,3 @@ class VAE(nn.Module):
 def holds_moments(frames: Tensor) -> bool:
     """Are these cached moments, mean and standard deviation (..., 2c, h, w), and no pictures?"""
     return frames.shape[-3] != 3
-
-
-def draw_latents(moments: Tensor, eps: Tensor) -> Tensor:
-    """Scaled moments (b, f, 2c, h, w), eps (b, f, c, h, w) -> z_0, as `encode_video` draws it."""
-    mean, std = moments.chunk(2, dim=2)
-    return mean + std * eps

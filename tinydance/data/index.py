@@ -60,19 +60,21 @@ class Strings:
 
 
 class Folder:
-    """All files under `root` with a suffix of their kind; `b.txt` is the caption of `b.mp4`."""
+    """All files in a folder with a suffix of their kind; `b.txt` is the caption of `b.mp4`.
+    root: links are followed as far as they stay in this folder; by default the same."""
 
-    def __init__(self, root: str | Path, kind: type[Row] = Video, track=untracked):
-        self.where, self.root, self.kind, self.notes = root, Path(root), kind, []
-        if not self.root.is_dir():
-            raise ValueError(f"{root}: no such folder; give one that holds {kind.what}")
+    def __init__(self, path: str | Path, kind: type[Row] = Video, track=untracked, root=""):
+        self.where, self.kind, self.notes, self.root = path, kind, [], Path(root or path)
+        self.path = os.path.abspath(path) if root else ""  # of the names, from `root`
+        if not os.path.isdir(path):
+            raise ValueError(f"{path}: no such folder; give one that holds {kind.what}")
         found = set()
-        for folder, _, files in track(os.walk(self.root), "indexing", "folder"):
-            inside = Path(folder).relative_to(self.root)
+        for folder, _, files in track(os.walk(path, followlinks=bool(root)), "indexing", "folder"):
+            inside = Path(folder).relative_to(path)
             found |= {(inside / file).as_posix() for file in files}
         names = sorted(filter(kind.fits, found))
         if not names:
-            raise ValueError(f"{root}: no {kind.what} inside; use {' or '.join(kind.suffixes)}")
+            raise ValueError(f"{path}: no {kind.what} inside; use {' or '.join(kind.suffixes)}")
         self.names, self.hashes = Strings(names), np.array([*map(hash_name, names)])
         self.has_text = np.array([os.path.splitext(name)[0] + ".txt" in found for name in names])
         self.missing_captions = int((~self.has_text).sum())
@@ -81,7 +83,7 @@ class Folder:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Row:
-        name = self.names[i]
+        name = os.path.join(self.path, self.names[i])
         text = Row(os.path.splitext(name)[0] + ".txt", self.root)
         return self.kind(name, self.root, text.decode() if self.has_text[i] else "")
 
@@ -104,11 +106,12 @@ class JsonLines:
 
 class Table:
     """A CSV, or JSON lines, with path, caption and maybe start and end in seconds; or Hugging
-    Face's file_name and text; or WebVid's.
+    Face's file_name and text; or WebVid's. root: where its paths begin; by default its own folder.
     Raises ValueError, with the line's number, where a column is missing or a line is damaged."""
 
-    def __init__(self, path: str | Path, kind: type[Row] = Video, track=untracked):
+    def __init__(self, path: str | Path, kind: type[Row] = Video, track=untracked, root=""):
         self.where, self.path, self.kind, self.notes = path, Path(path), kind, []
+        self.root = Path(root or self.path.parent)
         self.missing_captions, number, self.columns = 0, 1, None
         try:
             with open_file(path) as file:
@@ -140,7 +143,7 @@ class Table:
         begin, end = int(self.offsets[i]), int(self.offsets[i + 1])
         text = Row("", self.path, offset=begin, size=end - begin).open().read().decode("utf-8")
         [row] = self.read(io.StringIO(text, newline=""))
-        return self.kind(root=self.path.parent, **self.parse(row))
+        return self.kind(root=self.root, **self.parse(row))
 
     def read(self, lines: Iterable[str]):
         if self.path.suffix.lower() == ".jsonl":

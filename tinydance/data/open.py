@@ -53,7 +53,9 @@ def open_one(name: str | list[Path], kind: type, config: Config, track) -> ToyWo
         rows, starts = Latents(name, size, config.fps), "grid"
     else:
         is_table = name.lower().endswith((".csv", ".jsonl"))
-        rows = (Table if is_table else Folder)(name, kind, track)
+        if config.root and not Path(config.root).is_dir():
+            raise ValueError(f"root is {config.root}: no such folder")
+        rows = (Table if is_table else Folder)(name, kind, track, config.root)
     given = size, config.frames, config.fps, config.seed, config.short, config.crop
     return Files(rows, *given, starts, config.held_out)
 

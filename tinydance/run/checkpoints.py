@@ -26,6 +26,7 @@ from tinydance.config import Config
 from tinydance.training import Machine, Trainee
 from tinydance.weights.files import read_json, write_json
 from tinydance.weights.safetensors import load_safetensors, save_safetensors
+from tinydance.weights.untrusted import reading
 
 
 class Writer:
@@ -133,7 +134,8 @@ def resume(folder: Path, config: Config, trainee: Trainee) -> int:
     if changes := compare_configs(saved, config):
         other = f"{path} was trained with other choices: {'; '.join(changes)}"
         raise ValueError(f"{other}. Use those, or another --out")
-    load(trainee, {name: x for file in files for name, x in load_safetensors(file).items()})
+    with reading(path):
+        load(trainee, {name: x for file in files for name, x in load_safetensors(file).items()})
     return read_step(path)
 
 
@@ -151,7 +153,7 @@ def load(trainee: Trainee, state: dict[str, Tensor]) -> None:
     """Take what the ranks of a checkpoint owned. ValueError: not the weights of this network."""
     saved = {name: state[name].shape for name in state if name.startswith("weight.")}
     if saved != {f"weight.{name}": p.shape for name, p in trainee.weights.items()}:
-        raise ValueError("the checkpoint has other weights than this network: use another --out")
+        raise ValueError("other weights than this network's: use another --out")
     for name, p in trainee.weights.items():
         p.copy_(state[f"weight.{name}"])
     for name, p in trainee.own.items():
@@ -177,10 +179,8 @@ def average_weights(trainee: Trainee) -> nn.Module:
 
 def compare_configs(saved: dict, config: Config) -> list[str]:
     """What differs, in words. Free fields may: they say where and how fast a run computes."""
-    now, free = (
-        json.loads(json.dumps(asdict(config))),
-        {f.name for f in fields(config) if f.metadata["free"]},
-    )
+    now = json.loads(json.dumps(asdict(config)))  # as a note has it
+    free = {f.name for f in fields(config) if f.metadata["free"]}
     # Of fields that are gone, those count that were used; fields that are newer have no old value.
     old = {name: x for name, x in saved.items() if name not in free and (name in now or x)}
     pairs = ((name, x, now.get(name, "gone")) for name, x in old.items())

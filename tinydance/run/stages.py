@@ -42,7 +42,7 @@ from tinydance.weights import pick
 from tinydance.weights.files import check_folder, hold
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # t / T of the validation loss: the middles of five fifths
-VALIDATED = 32  # clips at least, of which it is the mean
+VALIDATED = 32  # clips at least, of which it is the mean; a short run takes one batch a step
 TRAINED_BY = {"vae": "vae", "text_encoder": "text", "tokenizer": "text", "unet": "image"}
 
 
@@ -206,7 +206,7 @@ def unet_stage(
     def validate(ema: UNet) -> dict[str, float]:
         every = int(is_image)  # all batches are of images, or none
         stream = share(config, machine, held_out, batch=config.batch, image_every=every)
-        clips = stream(0, math.ceil(VALIDATED / config.batch))
+        clips = stream(0, min(steps, math.ceil(VALIDATED / config.batch)))
         return validation_loss(replace(model, unet=ema), config, machine, clips)
 
     objective = DiffusionLoss(model, config)

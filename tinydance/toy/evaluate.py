@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--rows", help=f"some of them, joined by ';': {'; '.join(ROWS)}")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other hidden clips")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--sampler", help="ddim, ddpm or dpm; default: the model's")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--tau", help="first steps that see the last frame: 12, 0.5 or 50%%")
     parser.add_argument("--cond_noise_t", type=int, help="noise on pictures; default: as trained")
@@ -213,8 +214,8 @@ def main() -> None:
         raise ValueError(f"clips is {args.clips}; use 1 or more")
     device = choose_device("auto")
     model = PixelDance.from_folder(args.model).to(device)
-    changes = {name: getattr(args, name) for name in ("steps", "guidance", "tau", "cond_noise_t")}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    names = ("steps", "sampler", "guidance", "tau", "cond_noise_t")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     with torch.no_grad(), autocast(device, choose_dtype(args.dtype, device)):
         names = [name.strip() for name in args.rows.split(";")] if args.rows else None
         rows = check_rows(model, names)

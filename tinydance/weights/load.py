@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tinydance.weights.files import read_config, read_json, write_json
 from tinydance.weights.safetensors import load_safetensors, save_safetensors
@@ -84,12 +85,19 @@ def check_pickle(file: BinaryIO, is_zip: bool) -> None:
         raise MemoryError(f"above {MAX_OBJECTS} objects; save the tensors alone")
 
 
+class WithoutInit(TorchFunctionMode):
+    """Embeddings stay uninitialised: on the meta device that would load torch's compiler, 2 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function is nn.init.normal_ else function(*args, **kwargs or {})
+
+
 def read_part(folder: str | Path, make: Callable[[dict], nn.Module]) -> nn.Module:
     """make(config.json), a network, with the weights of its folder. Raises ValueError, before any
     memory is taken for it, where it is much larger than they are: a config can claim any size."""
     with reading(folder):
         config, tensors = read_config(folder), load_weights(folder)
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutInit():
             size = sum(x.numel() for x in make(config).parameters())
         held = sum(x.numel() for x in tensors.values())
         if size > 4 * held:  # a video network is 1.7 times its image model

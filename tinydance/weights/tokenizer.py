@@ -13,6 +13,21 @@ LENGTH = 77  # tokens per text, start and end included [CLIP]
 ORIGINAL, MERGES = "bpe_simple_vocab_16e6.txt.gz", 49_152 - 2 * 256 - 2  # of its lines, the used
 
 
+def make_byte_symbols() -> dict[int, str]:
+    """The 256 characters that stand for the 256 bytes, in the order of their ids [CLIP].
+
+    Printable bytes stand for themselves; the others borrow the characters from 256 on, so that no
+    symbol is a space or a control character and a text file can hold the vocabulary.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = {byte: chr(byte) for byte in printable}
+    return symbols | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTE_SYMBOLS = make_byte_symbols()
+
+
 def read_tokenizer(path) -> dict:
     """Return the arguments of `clip.Tokenizer`: of a folder with any of the three forms, or of
     CLIP's own file. Raises ValueError naming the file at fault.
