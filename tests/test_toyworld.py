@@ -351,21 +351,15 @@ def test_the_referee_reads_true_clips_after_blur_and_noise(clips, scenes):
 
 
 @torch.no_grad()
-def read_after_the_vae():
-    """`count_right` of clips that went through the shipped VAE."""
+def test_the_referee_reads_true_clips_after_the_shipped_vae():
+    """What an evaluation finds missing is then missing in the networks' clips."""
     vae, scenes = VAE.from_folder(SHIPPED / "vae").eval(), draw_each_motion(24, seed=77)
     made = []
     for i in range(0, len(scenes), 16):
         frames = np.stack([render(scene) for scene in scenes[i : i + 16]])
         z_0 = vae.encode_video(to_pixels(torch.from_numpy(frames)))
         made += list(to_frames(vae.decode_video(z_0)).numpy())
-    return count_right(made, scenes)
-
-
-@pytest.mark.beside(work=read_after_the_vae)
-def test_the_referee_reads_true_clips_after_the_shipped_vae(beside):
-    """What an evaluation finds missing is then missing in the networks' clips."""
-    assert find_below(beside, 0.95) == {}
+    assert find_below(count_right(made, scenes), 0.95) == {}
 
 
 @pytest.mark.parametrize("world", [World(size=128), World(frames=12)], ids=["large", "short"])
