@@ -83,6 +83,15 @@ def test_training_loads_neither_pyav_nor_pillow():
     subprocess.check_call([sys.executable, "-c", program], cwd=ROOT)
 
 
+def test_opening_a_model_does_not_load_the_compiler():
+    """Which takes two seconds, of everybody who makes a clip."""
+    program = (
+        "import sys; from tinydance.model import PixelDance; from tinydance.toy import SHIPPED"
+    )
+    program += "; PixelDance.from_folder(SHIPPED); sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.check_call([sys.executable, "-c", program], cwd=ROOT)
+
+
 def test_a_room_has_a_manual_and_one_door_that_names_at_most_eight_things():
     for door in DOORS:
         names = [node.names for node in TREES[door].body if isinstance(node, ast.ImportFrom)]
