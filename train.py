@@ -10,11 +10,13 @@ Every field of `tinydance/config.py` is an option. Stopped with Ctrl-C, the same
 """
 
 from dataclasses import fields, replace
+from functools import partial
 from typing import get_args
 
 from tinydance.config import PRESETS, Config, did_you_mean, make_config
 from tinydance.run.cli import Parser, run_main
 from tinydance.run.stages import OTHERS, STAGES, train
+from tinydance.variants.lora import lora_stage
 
 
 def main() -> None:
@@ -22,6 +24,9 @@ def main() -> None:
     toy = make_config()
     parser.add_argument("--stage", default="all", choices=stages, help="which alone; default: all")
     parser.add_argument("--from-scratch", action="store_true", help="start from no trained part")
+    parser.add_argument(
+        "--lora", type=int, help="train thin matrices of this rank, no other weight"
+    )
     for f in fields(Config):
         words = PRESETS if f.name == "preset" else get_args(f.type)
         repeat = {"action": "extend", "nargs": "+"} if f.name in ("data", "images") else {}
@@ -44,6 +49,10 @@ def main() -> None:
     # With --init, a preset that trains a VAE, words and images of its own goes straight to videos.
     if args.stage == "all" and config.init and config.vae_steps > 0:
         config = replace(config, vae_steps=0, text_steps=0, image_steps=0)
+    if args.lora is not None and args.stage not in ("all", "video"):
+        raise ValueError(f"--lora is for the video stage, not for --stage {args.stage}")
+    if args.lora is not None:
+        STAGES["video"] = partial(lora_stage, args.lora)
     train(config, args.stage)
 
 

@@ -142,7 +142,7 @@ def test_a_sampler_in_the_table_is_used_by_its_name(monkeypatch, tmp_path):
 def test_an_unknown_sampler_is_refused_with_the_names_of_those_that_are_known(monkeypatch):
     monkeypatch.setitem(SAMPLERS, "two_step", two_step)
     model = tiny_model()
-    with pytest.raises(ValueError, match="sampler is 'heun'; use ddim or ddpm or two_step"):
+    with pytest.raises(ValueError, match="sampler is 'heun'; use ddim or ddpm or dpm or two_step"):
         next(sample(model, ["a red circle"], settings=replace(model.settings, sampler="heun")))
 
 

@@ -29,7 +29,7 @@ The core, to be read end to end in this order:
     3  sampling.py       guidance, tau, chains         7  model.py, noise.py, config.py   the parts
     4  unet.py           the pseudo-3D UNet               together; randomness; every choice
 
-The rooms, to be opened when needed, each by its README.md:
+The rooms, to be opened when needed, each by its README.md, and variants/, what others change:
     weights/   other people's files in and out         data/     clips to train on
     video/     pixels in files; films                  run/      a training from start to end
     toy/       the procedural world and its models     metrics/  FVD and its kin

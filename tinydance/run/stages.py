@@ -173,9 +173,10 @@ def text_stage(config: Config, machine: Machine, source: Source, held_out: Sourc
 
 
 def unet_stage(
-    name, config: Config, machine: Machine, source: Source, held_out: Source | None
+    name, config: Config, machine: Machine, source: Source, held_out: Source | None, convert=None
 ) -> Stage:
-    """The UNet: as text-to-image on single frames, or on clips with images every so often."""
+    """The UNet: as text-to-image on single frames, or on clips with images every so often.
+    convert: what a variant makes of it before it is trained, in place."""
     torch.manual_seed(config.seed)
     is_image, folder = name == "image", Path(config.out) / name / "model"
     is_new = is_image and config.unet != "init"
@@ -184,6 +185,8 @@ def unet_stage(
     if config.train == "temporal":  # what the paper adds to an image model [Make-Your-Video]
         for key, parameter in unet.named_parameters():
             parameter.requires_grad_(is_temporal(key) or key.startswith("conv_in"))
+    if convert is not None:
+        convert(unet)
     vae, tower = load_frozen(VAE, "vae", config), load_frozen(TextTower, "text_encoder", config)
     check_vae(source, vae)
     tokenizer = Tokenizer.from_folder(find_part("tokenizer", config))
