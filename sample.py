@@ -63,7 +63,7 @@ def parse() -> Namespace:
     add("--resume", action="store_true", help="go on with what was interrupted")
     add("--about", help="print how this video was made, and make none")
     add("--device", default="auto", help="default: cuda before mps before cpu")
-    add("--dtype", default="auto", help="float32, or bfloat16 where it is fast")
+    add("--dtype", default="auto", help="float32, bfloat16 (default where fast) or float16")
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
@@ -86,7 +86,8 @@ def main() -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    model, image_model = load(args.model, device), load(args.t2i, device) if args.t2i else None
+    model = load(args.model, device, dtype)
+    image_model = load(args.t2i, device, dtype) if args.t2i else None
     words = [word for word in sys.argv[1:] if word != "--resume"]  # it makes no difference
     metadata = {"device": device, "dtype": str(dtype), "model": story.fingerprint(args.model)}
     metadata |= {"t2i": args.t2i and story.fingerprint(args.t2i)}
@@ -129,8 +130,8 @@ def main() -> None:
                 sys.exit(130)
 
 
-def load(folder: str, device: str) -> PixelDance:
-    model = PixelDance.from_folder(folder).to(device)
+def load(folder: str, device: str, dtype: torch.dtype) -> PixelDance:
+    model = PixelDance.from_folder(folder).to(device, dtype)
     for part in (model.unet, model.vae, model.text_tower):
         part.requires_grad_(False)  # else autocast keeps a second copy of every weight
     return model

@@ -49,9 +49,9 @@ def main() -> None:
     # With --init, a preset that trains a VAE, words and images of its own goes straight to videos.
     if args.stage == "all" and config.init and config.vae_steps > 0:
         config = replace(config, vae_steps=0, text_steps=0, image_steps=0)
-    if args.lora is not None and args.stage not in ("all", "video"):
-        raise ValueError(f"--lora is for the video stage, not for --stage {args.stage}")
     if args.lora is not None:
+        if args.stage not in ("all", "video"):
+            raise ValueError(f"--lora is for the video stage, not for --stage {args.stage}")
         STAGES["video"] = partial(lora_stage, args.lora)
     train(config, args.stage)
 

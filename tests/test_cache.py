@@ -211,6 +211,7 @@ def test_the_stages_latents_and_inspect_say_what_they_did(
     tiny_train("inspect", data=str(tmp_path / "cache"), out=str(tmp_path / "x"))
     assert "5 videos, 0 without caption" in capsys.readouterr().out
     (Path(videos) / "bad.mp4").write_bytes(b"no video")
+    monkeypatch.setattr("tinydance.run.inspect.SLOW", 0)
     tiny_train("inspect", data=str(videos), out=str(tmp_path / "x"))
     told = capsys.readouterr().out
     (Path(videos) / "bad.mp4").unlink()
@@ -220,6 +221,7 @@ def test_the_stages_latents_and_inspect_say_what_they_did(
         " padded",
         "  not_a_video, such as bad.mp4: ",
         "a red circle, 3",
+        "s each to decode: shrink the files once, such as by ffmpeg -i large.mp4 -vf scale=-2:32 ",
     ):
         assert words in told, told
     assert (tmp_path / "x" / "inspect.png").stat().st_size > 10_000

@@ -17,7 +17,7 @@ from reference import tiny_model
 
 import sample
 import train
-from tinydance.config import NETWORKS, PRESETS, make_config
+from tinydance.config import NETWORKS, PRESETS, autocast, make_config
 from tinydance.model import PixelDance, Settings
 from tinydance.run.cli import run_main
 from tinydance.sampling import sample_frames
@@ -461,9 +461,22 @@ def test_the_other_presets_are_what_the_readme_says():
 
 def test_what_samples_cannot_be_trained():
     """Autocast keeps a second copy of every weight that could: 2.6 GiB at full size."""
-    model = sample.load(SHIPPED, "cpu")
+    model = sample.load(SHIPPED, "cpu", torch.float32)
     parts = (model.unet, model.vae, model.text_tower)
     assert not any(p.requires_grad for part in parts for p in part.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_make_the_same_clip(dtype):
+    """What autocast would make of them at each step is made once: not a bit differs."""
+    clips, sizes = [], []
+    for kept in (torch.float32, dtype):
+        model = sample.load(SHIPPED, "cpu", kept)
+        parts = (model.unet, model.vae, model.text_tower)
+        sizes.append(sum(p.nbytes for part in parts for p in part.parameters()))
+        with autocast("cpu", dtype):
+            clips.append(sample_frames(model, ["a red circle moves up"], steps=2))
+    assert torch.equal(*clips) and clips[0].std() > 0.1 and sizes[1] < 0.52 * sizes[0]
 
 
 @pytest.mark.parametrize("script", [sample, train])

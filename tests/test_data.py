@@ -32,6 +32,7 @@ from tinydance.data.order import (
     shuffled,
 )
 from tinydance.model import Sample
+from tinydance.run import stages
 from tinydance.toy.source import ToyWorld
 from tinydance.toy.world import World
 from tinydance.video.read import REASONS, BadSample
@@ -617,6 +618,15 @@ def test_workers_change_no_byte_and_lose_no_count(mixed):
     assert same_batches(
         batches(ToyWorld(1), 3, 9, **SETTINGS), batches(ToyWorld(1), 3, 9, workers=2, **SETTINGS)
     )
+
+
+@pytest.mark.parametrize("preset", ["paper", "toy"])
+def test_files_are_read_by_workers_and_the_toy_world_is_not(preset, mixed, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(stages.OTHERS, "inspect", lambda config, *_: seen.append(config.workers))
+    for given in ({"data": str(mixed)}, {"data": "toyworld"}, {"data": str(mixed), "workers": 2}):
+        stages.train(make_config(preset, device="cpu", out=str(tmp_path), **given), "inspect")
+    assert seen == [4, 0, 2]
 
 
 def test_a_stream_with_workers_can_be_left_early():

@@ -12,8 +12,8 @@ from tinydance.model import PixelDance
 from tinydance.run import stages
 from tinydance.run.cli import run_main
 from tinydance.unet import Attention
-from tinydance.variants import add_lora, lora, merge_lora
-from tinydance.variants.lora import LoRA, apply_lora, lora_weights
+from tinydance.variants import lora
+from tinydance.variants.lora import LoRA, add_lora, apply_lora, lora_weights, merge_lora
 from tinydance.video.write import save_video
 from tinydance.weights import load_weights
 from tinydance.weights.safetensors import save_safetensors

@@ -2,13 +2,18 @@
 
 import functools
 import re
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pretend import pretend
 from reference import TINY, tiny_unet
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from tinydance.conditioning import ask
 from tinydance.config import make_config
 from tinydance.run import memory
 from tinydance.run.benchmark import make_random_model
@@ -101,3 +106,73 @@ def test_what_cannot_fit_is_refused_with_flags_that_make_it_fit():
         describe(18, 1, "paper", gradient_checkpointing=False)
     with pytest.raises(ValueError, match="try a smaller clip or network"):
         describe(1, 1, "small", gradient_checkpointing=True, micro_batch=1)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of tensors that are alive at once inside the block, beside those given."""
+
+    def __init__(self, but):
+        super().__init__()
+        self.known, self.now, self.most = {x.untyped_storage()._cdata for x in but}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in {
+            x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)
+        }:
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                weakref.finalize(storage, self.free, key, size)
+                self.now += size
+                self.most = max(self.most, self.now)
+        return out
+
+    def free(self, key, size):
+        self.known.remove(key)
+        self.now -= size
+
+
+def test_alive_counts_what_is_there_at_once():
+    weight = torch.randn(1000, device="meta")
+    with Alive([weight]) as alive:
+        a = weight * 2  # 4,000 bytes
+        a = a + 1  # and 4,000 more, while both are there
+        b = a.view(10, 100)  # the same storage
+        del a
+        c = b.sum()
+    assert (alive.most, alive.now) == (8000, 4004) and c.numel() == 1
+
+
+@functools.cache
+def count_sampling(size, dtype):
+    """-> GiB of the paper's network's weights, of a guided step beside them, of decoding a clip."""
+    f, h, w = 16, size[0] // 8, size[1] // 8
+    with torch.device("meta"):
+        model = make_random_model(make_config("paper")).to("meta", dtype)
+        z_t, t, c_text = torch.empty(2, f, 4, h, w), torch.zeros(2).long(), torch.empty(2, 77, 1024)
+        weights = [
+            p for part in (model.unet, model.vae, model.text_tower) for p in part.parameters()
+        ]
+        with torch.no_grad(), memory.Autocast(dtype):
+            with Alive(weights) as step:
+                ask(model.unet.eval(), z_t, t, c_text, {"c_image": torch.empty_like(z_t)})
+            with Alive(weights) as decoding:
+                model.vae.decode_video(z_t[:1])
+    return [n / GIB for n in (sum(p.nbytes for p in weights), step.most, decoding.most)]
+
+
+SAMPLED = {"256x256": (256, 256), "320x512": (320, 512)}
+HALVES = {"float32": [torch.float32], "half": [torch.bfloat16, torch.float16]}
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("size", SAMPLED)
+def test_sampling_takes_what_the_manual_says(size, precision):
+    manual = Path(memory.__file__).parent.parent / "video" / "README.md"
+    [row] = [x for x in manual.read_text().splitlines() if size in x and f"| {precision}" in x]
+    said = [float(cell) for cell in row.split("|")[3:7]]
+    for dtype in HALVES[precision]:
+        weights, step, decoding = count_sampling(SAMPLED[size], dtype)
+        counted = [weights, step, decoding, weights + max(step, decoding) + 0.5]
+        assert said == pytest.approx(counted, abs=0.006)

@@ -77,9 +77,10 @@ def make_video(
     size=SIZE,
     rotation=0,
     muxing={"movflags": "+faststart"},
+    form=None,
 ):
     """A video in which frame k says k and comes at times[k] seconds; stored lying, if rotated."""
-    with av.open(str(path), "w", options=muxing) as container:
+    with av.open(str(path), "w", format=form, options=muxing) as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = size if rotation % 180 == 0 else size[::-1]
         stream.pix_fmt = "yuv420p" if size[0] % 2 == 0 else "yuv444p"
@@ -126,6 +127,52 @@ def test_frames_are_those_on_screen_at_their_times(suffix, tmp_path):
         clip = read_clip(path, start, 5, 4, SIZE)
         assert clip.shape == (5, 3, *SIZE) and clip.dtype == torch.uint8
         assert numbers(clip) == [int((start + k / 4) * 25) for k in range(5)]
+
+
+def test_an_avi_with_b_frames_counts_them_in_the_order_they_are_shown(tmp_path):
+    """It holds no times, and FFmpeg's guess of them goes back and forth. By order, each is as late
+    as its decoder holds frames back: two, as ffprobe has it."""
+    path = make_video(tmp_path / "v.avi")
+    for start in TIMES[2:]:
+        clip = read_clip(path, start, 5, 4, SIZE)
+        assert numbers(clip) == [int((start + k / 4) * 25) - 2 for k in range(5)]
+
+
+def test_an_mpeg_without_a_container_is_read(tmp_path):
+    path = make_video(tmp_path / "v.mpg", codec="mpeg1video", options={}, form="mpeg1video")
+    assert read_seconds(path) == pytest.approx(4.0, abs=0.05)
+    for start in TIMES[2:]:
+        clip = read_clip(path, start, 5, 4, SIZE)
+        assert numbers(clip) == [int((start + k / 4) * 25) - 1 for k in range(5)]  # as above
+
+
+def test_a_key_frame_that_needs_what_lies_before_it_is_not_trusted(tmp_path):
+    """Two videos in one: the second's headers come once, at its start. Whoever jumps behind that
+    decodes rubbish by the first's, as all players do in imageio's cockatoo."""
+    options = {"preset": "medium", "bf": "0", "g": "25"}
+    first = make_video(tmp_path / "a.mp4", 25, options=options)
+    second = make_video(tmp_path / "b.mp4", options=options | {"x264-params": "cabac=0"})
+    path = tmp_path / "v.mp4"
+    with (
+        av.open(str(first)) as a,
+        av.open(str(second)) as b,
+        av.open(str(path), "w") as container,
+    ):
+        stream = container.add_stream_from_template(a.streams.video[0])
+        headers = bytes(b.streams.video[0].codec_context.extradata)[
+            6:
+        ]  # length, SPS, 1, length, PPS
+        end = 2 + int.from_bytes(headers[:2])
+        headers = [headers[2:end], headers[end + 3 :][: int.from_bytes(headers[end + 1 : end + 3])]]
+        headers = b"".join(len(x).to_bytes(4) + x for x in headers)
+        for n, packet in enumerate([*a.demux(video=0)][:25] + [*b.demux(video=0)][:100]):
+            copy = av.Packet(headers + bytes(packet) if n == 25 else bytes(packet))
+            copy.stream, copy.time_base, copy.is_keyframe = stream, Fraction(1, 25), n % 25 == 0
+            copy.pts = copy.dts = n
+            container.mux(copy)
+    assert numbers(read_clip(path, 2.7, 5, 4, SIZE)) == [
+        int((2.7 + k / 4) * 25) - 25 for k in range(5)
+    ]
 
 
 @pytest.mark.parametrize("attempts", [ATTEMPTS, ATTEMPTS[-1:]], ids=["all", "the last"])

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 FIELDS = {"init": "", "height": 16, "width": 16, "frames": 4, "dtype": "float32", "device": "cpu"}
 FIELDS |= {"batch": 4, "image_batch": 8, "image_every": 3, "warmup": 2}
 FIELDS |= {"vae_steps": 4, "text_steps": 3, "image_steps": 4, "video_steps": 8}
-FIELDS |= {"save_every": 4, "sample_every": 1000, "steps": 2}
+FIELDS |= {"save_every": 4, "sample_every": 1000, "steps": 2, "workers": 0}
 
 
 def tiny_train(stage: str = "all", dropout: float = 0.1, validated: int = 4, **changes) -> None:

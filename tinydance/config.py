@@ -123,7 +123,7 @@ class Config:
     compile: Literal["auto", "on", "off"] = free("auto", "torch.compile; auto: on with CUDA")
     gradient_checkpointing: bool = free(False, "less memory for a third more time")
     timeout: float = free(30, "minutes that the other ranks wait for one that hangs", high=10**6)
-    workers: int = free(4, "processes that read data, on each rank")
+    workers: int = free(-1, "processes that read data, on each rank; -1: 4, for files", low=-1)
     max_bad: float = free(0.05, "share of bad among 1,000 samples that ends a run [ours]", high=1)
     max_skips: int = free(20, "steps in a row without finite gradients that end a run", low=1)
     save_every: int = free(1000, "steps between checkpoints", low=1)
@@ -175,7 +175,6 @@ TABLE = {
     "text_steps":       (0,               0,                        0,               600),
     "image_steps":      (0,               0,                        100_000,         20_000),
     "video_steps":      (200_000,         50_000,                   100_000,         9000),
-    "workers":          (4,               4,                        4,               0),
     "save_every":       (1000,            1000,                     1000,            500),
     "sample_every":     (2000,            2000,                     2000,            1000),
 }  # fmt: skip
@@ -238,9 +237,9 @@ def choose_device(name: str) -> str:
 
 def choose_dtype(name: str, kind: str) -> torch.dtype:
     """For "auto" bfloat16 where the hardware multiplies it: CUDA from A100 on (a T4 emulates it),
-    CPUs with AVX-512 BF16 or AMX. Raises ValueError for any name but auto, float32 and bfloat16."""
-    if name not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype is {name!r}; use auto or float32 or bfloat16")
+    CPUs with AVX-512 BF16 or AMX. Raises ValueError for any name but auto and the three."""
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {name!r}; use auto or float32 or bfloat16 or float16")
     if name != "auto":
         return getattr(torch, name)
     on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)

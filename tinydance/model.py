@@ -111,11 +111,9 @@ class PixelDance:
         path = check_folder(path)
         with reading(path):
             vae, file = VAE.from_folder(path / "vae").eval(), path / "pixeldance.json"
-            if file.is_file():
-                known = read_json(file)
-            else:  # from the hub: SD 2.1 says 96, its latents' side, and so 768 pixels
-                side = read_config(path / "unet").get("sample_size", 32) * vae.stride
-                known = {"height": side, "width": side}
+            # From the hub: SD 2.1 says 96, its latents' side, and so 768 pixels.
+            side = read_config(path / "unet").get("sample_size", 32) * vae.stride
+            known = read_json(file) if file.is_file() else {"height": side, "width": side}
             return cls(
                 unet=UNet.from_folder(path / "unet").eval(),
                 vae=vae,
@@ -136,8 +134,12 @@ class PixelDance:
         write_json(path / "pixeldance.json", pick(asdict(self.settings), KEPT))
         write_json(path / "model_index.json", diffusers.write_model_index(spatial))
 
-    def to(self, device) -> "PixelDance":
+    def to(self, device, dtype: torch.dtype = torch.float32) -> "PixelDance":
+        """dtype: of the weights that autocast would cast to it anyway; float32 to train."""
         for part in (self.unet, self.vae, self.text_tower):
+            for name, p in part.named_parameters():
+                if p.ndim > 1 and "embedding.weight" not in name:
+                    p.data = p.data.to(dtype)
             part.to(device)
         return self
 

@@ -21,7 +21,7 @@ from tinydance.weights import build, load_into, read_part, save_weights
 from tinydance.weights.diffusers import write_vae_config
 from tinydance.weights.ldm import vae_from_ldm
 
-FRAMES_AT_A_TIME = 16  # of a video, so that its length costs time and no memory
+FRAMES_AT_A_TIME = 4  # of a video: its length then costs time, and no memory
 
 
 def to_pixels(frames: Tensor) -> Tensor:
@@ -208,7 +208,6 @@ class VAE(nn.Module):
         noise = eps.flatten(0, 1).split(FRAMES_AT_A_TIME) if eps is not None else None
         for i, frames in enumerate(x.flatten(0, 1).split(FRAMES_AT_A_TIME)):
             mean, logvar = self.encode(frames)
-            # z = mean + std * eps
             parts.append(mean if noise is None else mean + (0.5 * logvar).exp() * noise[i])
         return torch.cat(parts).float().unflatten(0, x.shape[:2]) * self.config.scaling_factor
 

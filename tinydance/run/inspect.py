@@ -6,6 +6,7 @@ as a sheet. [ours] Not here: how rows are read. They read themselves (`data/rows
 
 from collections import Counter
 from pathlib import Path
+from time import process_time
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from tinydance.video.read import BadSample, printable
 from tinydance.video.strips import film_strip
 
 ROWS = 200  # of each source that are read
+SLOW = 0.1  # seconds to decode a sample, from which on there is a hint
 SHOWN = 16  # clips on the sheet, and half as many pictures of image steps
 
 
@@ -52,13 +54,22 @@ def read_rows(files: Files) -> None:
     """Print what becomes of ROWS rows, evenly chosen, when they are read as a training reads them,
     and for each reason why some cannot be read an example."""
     chosen = np.unique(np.linspace(0, len(files.rows) - 1, ROWS).astype(int)).tolist()
-    counts, examples = Counter(), {}
+    counts, examples, begun = Counter(), {}, process_time()
     for i in progress(chosen, "reading", "row"):
         try:
             counts += files.read(i, files.frames, rng("inspect", files.seed, i)).counts
         except BadSample as error:
             counts[error.reason] += 1
             examples.setdefault(error.reason, f"  {error.reason}, such as {error.message:.200}")
-    found = format_counts(counts) or "nothing wrong"
-    print(f"{files.rows.where}: {len(chosen):,} of {len(files.rows):,} rows read: {found}")
-    print(*examples.values(), sep="\n", flush=True)
+    found, seconds = (
+        format_counts(counts) or "nothing wrong",
+        (process_time() - begun) / len(chosen),
+    )
+    lines = [f"{files.rows.where}: {len(chosen):,} of {len(files.rows):,} rows read: {found}"]
+    lines += examples.values()
+    if seconds > SLOW:
+        height = 2 * min(files.size)  # enough for an upright video, too
+        shrink = f"ffmpeg -i large.mp4 -vf scale=-2:{height} small.mp4"
+        lines += [f"  {seconds:.2f} s each to decode: shrink the files once, such as by {shrink}"]
+        lines += ["  or, for the stages image and video, cache latents: --stage latents"]
+    print(*lines, sep="\n", flush=True)

@@ -33,7 +33,7 @@ from tinydance.run.inspect import inspect
 from tinydance.run.memory import describe_memory
 from tinydance.schedulers import Schedule
 from tinydance.toy import SHIPPED_IMAGE, losses
-from tinydance.toy.source import HELD_OUT
+from tinydance.toy.source import HELD_OUT, ToyWorld
 from tinydance.training import DiffusionLoss, Machine, Stage
 from tinydance.unet import UNet, is_temporal
 from tinydance.vae import VAE, to_frames, to_pixels
@@ -58,6 +58,8 @@ def train(config: Config, stage: str = "all") -> None:
     finally:
         machine.wait()
     source = source or open_data()
+    if config.workers < 0:  # what the toy world draws is there sooner than a worker could send it
+        config = replace(config, workers=0 if isinstance(source, ToyWorld) else 4)
     tell(machine, "\n".join(describe_source(source)))
     if stage in ("benchmark", "inspect"):
         OTHERS[stage](config, machine, source)

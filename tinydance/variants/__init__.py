@@ -1,10 +1,5 @@
 """What others change, a page each. README.md is the manual.
 
-A page converts a finished network, so that the core stays as it is.
-
+A page converts a finished network, so that the core stays as it is, and is imported by its name:
 `lora.py` trains thin matrices beside the attentions' own.
 """
-
-from tinydance.variants.lora import add_lora, merge_lora
-
-__all__ = ["add_lora", "merge_lora"]

@@ -25,7 +25,7 @@ MAX_PIXELS = 50_000_000  # of a picture or a frame: a 10 KB file can claim gigab
 
 # A "video" can be a playlist that names other files or hosts. So FFmpeg gets an open file, never a
 # name, may open nothing itself (no protocol), and knows only formats that hold their own pictures.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,flv,mpeg,asf,ogg,gif,apng"
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,flv,mpeg,mpegvideo,asf,ogg,gif,apng"
 SAFELY = {"protocol_whitelist": "none", "format_whitelist": FORMATS, "max_pixels": str(MAX_PIXELS)}
 REASONS = "missing unsafe not_a_video no_video_stream not_a_picture too_large too_slow".split()
 REASONS += ["too_short", "damaged"]
@@ -177,7 +177,7 @@ def read_seconds(source: Video) -> float:
 
 def read_length(container, stream) -> float:
     """In seconds, as the file states it; a damaged file may hold less."""
-    is_guess = container.format.name == "mpeg"  # .mpg states none; FFmpeg's guess is too short
+    is_guess = container.format.name in ("mpeg", "mpegvideo")  # .mpg; FFmpeg's guess is too short
     if stream.duration is not None and not is_guess:
         return float(stream.duration * stream.time_base)
     if container.duration is not None and not is_guess:  # webm and mkv state that of the whole file
@@ -245,6 +245,8 @@ def decode_shown(container, stream, times, length, attempt, spend=int) -> Iterat
     shown, coming = None, next(decoded, None)
     for time in times:
         while coming and coming.time <= time + TINY:
+            if seek and coming.is_corrupt:  # it needs what lies before this key frame
+                return
             shown, coming = coming, next(decoded, None)
         if coming is None:  # the last frame of the file stays on screen, if the file is whole
             if shown is None or shown.time + (shown.duration or 0) * shown.time_base < end:
@@ -260,12 +262,17 @@ def decode(container, stream, times, early, spend) -> Iterator[av.VideoFrame]:
     """Decode what comes at one of `times` or up to `early` seconds before it, and of other frames
     only those that later ones refer to [H.264]: several times as fast as decoding all."""
     tick, codec = float(stream.time_base), stream.codec_context
+    is_avi = container.format.name == "avi"  # it holds no times of frames, only their order
     for packet in container.demux(stream):
-        now = None if packet.pts is None else packet.pts * tick
+        now = None if packet.pts is None or is_avi else packet.pts * tick
         needed = now is None or any(time - early <= now <= time + TINY for time in times)
         if codec.name == "h264":
             codec.skip_frame = "DEFAULT" if needed or early == inf else "NONREF"
-        yield from (frame for frame in packet.decode() if frame.time is not None)
+        for frame in packet.decode():
+            if is_avi and frame.dts is not None:
+                frame.pts = frame.dts
+            if frame.time is not None:
+                yield frame
         spend(codec.width * codec.height)
 
 
