@@ -132,7 +132,7 @@ def test_it_is_trained_kept_and_added_from_the_command_line(tmp_path, monkeypatc
     assert "other weights than this network's: use another --out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command(monkeypatch, train, "--lora", 2, "--stage", "vae")
-    assert "--lora is for the video stage" in capsys.readouterr().err
+    assert "is for the video stage alone" in capsys.readouterr().err
     save_safetensors({"x": torch.zeros(1)}, "other.safetensors")
     with pytest.raises(SystemExit):
         command(monkeypatch, lora, "model", "other.safetensors", "more")
