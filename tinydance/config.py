@@ -122,9 +122,7 @@ class Config:
     compile: Literal["auto", "on", "off"] = free("auto", "torch.compile; auto: on with CUDA")
     gradient_checkpointing: bool = free(False, "less memory for a third more time")
     timeout: float = free(30, "minutes that the other ranks wait for one that hangs", high=10**6)
-    workers: int = free(
-        -1, "processes that read data, on each rank; -1: up to 4, for files", low=-1
-    )
+    workers: int = free(-1, "processes that read data, on each rank; -1: 4, for files", low=-1)
     max_bad: float = free(0.05, "share of bad among 1,000 samples that ends a run [ours]", high=1)
     max_skips: int = free(20, "steps in a row without finite gradients that end a run", low=1)
     save_every: int = free(1000, "steps between checkpoints", low=1)
