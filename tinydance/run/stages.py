@@ -123,7 +123,7 @@ def run_stages(config: Config, machine: Machine, source: Source, names, signals)
 def share(config: Config, machine: Machine, source: Source, **options) -> Callable:
     """This rank's batches of the steps (first, last), see `batches`."""
     options |= {"rank": machine.rank, "world_size": machine.world_size}
-    return partial(batches, source, workers=config.workers, **options)
+    return partial(batches, source, workers=max(0, config.workers), **options)
 
 
 # ---------------------------------------------------------------------------------- the four stages
