@@ -112,6 +112,7 @@ def test_it_is_trained_kept_and_added_from_the_command_line(tmp_path, monkeypatc
     frames = torch.randint(256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     save_video(frames.to(torch.uint8), "clips/a.mp4")
     given = "--init model --data clips --held_out 0 --lora 2 --frames 4 --height 16 --width 16"
+    given += " --workers 0"
     given += " --batch 2 --image_batch 2 --lr 0.1 --warmup 0 --steps 2 --device cpu --dtype float32"
     for steps in (2, 3):  # it goes on
         command(monkeypatch, train, *given.split(), "--video_steps", steps, "--out", "run")
