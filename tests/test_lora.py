@@ -1,16 +1,14 @@
 """Thin matrices beside the attentions': trained alone, kept apart, merged."""
 
-import sys
 from copy import deepcopy
 
 import pytest
 import torch
 from reference import difference, fill, tiny_model, tiny_unet
+from tiny_training import command
 
 import train
 from tinydance.model import PixelDance
-from tinydance.run import stages
-from tinydance.run.cli import run_main
 from tinydance.unet import Attention
 from tinydance.variants import lora
 from tinydance.variants.lora import LoRA, add_lora, apply_lora, lora_weights, merge_lora
@@ -98,12 +96,6 @@ def test_what_does_not_fit_changes_nothing(clip):
     assert torch.equal(unet(*clip), before)
     with pytest.raises(ValueError, match="rank of LoRA is 0"):
         add_lora(unet, 0)
-
-
-def command(monkeypatch, script, *words):
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
-    monkeypatch.setitem(stages.STAGES, "video", stages.STAGES["video"])  # back afterwards
-    run_main(script.main)
 
 
 def test_it_is_trained_kept_and_added_from_the_command_line(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """Pictures as tokens among the words: VideoCrafter1's way, and with c_image DynamiCrafter's."""
 
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from reference import difference, fill, read_shapes, tiny_model, tiny_unet
+from tiny_training import command
 
 import sample
 import train
 from tinydance.clip import ImageConfig
 from tinydance.model import PixelDance
-from tinydance.run import stages
-from tinydance.run.cli import run_main
 from tinydance.sampling import sample_latents
 from tinydance.unet import UNetConfig
 from tinydance.variants import videocrafter1
@@ -146,12 +144,6 @@ def test_published_networks_fit_without_a_rest(names, asks_pictures):
 
 
 # -------------------------------------------------------------------------------- the command line
-def command(monkeypatch, script, *words):
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
-    monkeypatch.setitem(stages.STAGES, "video", stages.STAGES["video"])  # back afterwards
-    run_main(script.main)
-
-
 def test_a_folder_is_converted_trained_saved_loaded_and_sampled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny_model(timestep_spacing="trailing", prediction_type="v_prediction").save("model")

@@ -180,15 +180,16 @@ def is_new(name: str) -> bool:
     return "_ip." in name or "fps_embedding." in name or name.startswith("image_proj_model.")
 
 
+def for_patches(patch_dim: int) -> type[VideoCrafter1]:
+    """The class for patches of this width, which the UNet's config.json does not say."""
+    return type("VideoCrafter1", (VideoCrafter1,), {"patch_dim": patch_dim})
+
+
 def convert(unet: UNet, patch_dim: int, beside: bool = False) -> VideoCrafter1:
     """A VideoCrafter1 of this network. beside: conv_in goes on seeing c_image, as DynamiCrafter's.
     What was frozen is, and what is new is not."""
-
-    class Network(VideoCrafter1):
-        pass
-
-    Network.patch_dim, config = patch_dim, unet.config
-    new = Network(config if beside else replace(config, in_channels=config.out_channels))
+    channels = unet.config.in_channels if beside else unet.config.out_channels
+    new = for_patches(patch_dim)(replace(unet.config, in_channels=channels))
     new.load(unet.state_dict())
     was = {name: p.requires_grad for name, p in unet.named_parameters()}
     for name, p in new.named_parameters():
@@ -233,11 +234,7 @@ def attach(model: PixelDance, eye: Eye) -> PixelDance:
 def open_model(folder) -> PixelDance:
     """Read the folder of a converted model. Raises ValueError for what does not fit."""
     eye = Eye.from_folder(Path(folder) / PART)
-
-    class Network(VideoCrafter1):
-        patch_dim = eye.config.hidden_size
-
-    return attach(PixelDance.from_folder(folder, Network), eye)
+    return attach(PixelDance.from_folder(folder, for_patches(eye.config.hidden_size)), eye)
 
 
 def image_token_stage(name: str, image_encoder: str, config, *given) -> Stage:
