@@ -5,7 +5,7 @@
     image tokens                         picture -- CLIP's image tower -- Resampler --> 16 of them
 
 PixelDance lays f_first beside z_t, place by place. Here the picture is asked like a word: what it
-shows is kept, and not where [VideoCrafter1 §3.2]. It has keys and values of its own (`to_k_ip`,
+shows is kept, and not where [VideoCrafter1]. It has keys and values of its own (`to_k_ip`,
 `to_v_ip`), which start at zero: a converted network is what it was, until it is trained.
 
 All else of PixelDance stays, so that the two can be compared: the network takes [z_t, c_image] as
