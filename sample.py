@@ -131,7 +131,12 @@ def main() -> None:
 
 
 def load(folder: str, device: str, dtype: torch.dtype) -> PixelDance:
-    model = PixelDance.from_folder(folder).to(device, dtype)
+    if (Path(folder) / "image_encoder").is_dir():  # it was converted, and looks at pictures
+        from tinydance.variants.videocrafter1 import open_model  # which loads what trains
+
+        model = open_model(folder).to(device, dtype)
+    else:
+        model = PixelDance.from_folder(folder).to(device, dtype)
     for part in (model.unet, model.vae, model.text_tower):
         part.requires_grad_(False)  # else autocast keeps a second copy of every weight
     return model

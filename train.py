@@ -17,6 +17,7 @@ from tinydance.config import PRESETS, Config, did_you_mean, make_config
 from tinydance.run.cli import Parser, run_main
 from tinydance.run.stages import OTHERS, STAGES, train
 from tinydance.variants.lora import lora_stage
+from tinydance.variants.videocrafter1 import PAGES, image_token_stage
 
 
 def main() -> None:
@@ -27,6 +28,8 @@ def main() -> None:
     parser.add_argument(
         "--lora", type=int, help="train thin matrices of this rank, no other weight"
     )
+    parser.add_argument("--variant", choices=PAGES, help="how pictures are shown; see variants/")
+    parser.add_argument("--image_encoder", help="folder of CLIP, whose image tower --variant needs")
     for f in fields(Config):
         words = PRESETS if f.name == "preset" else get_args(f.type)
         repeat = {"action": "extend", "nargs": "+"} if f.name in ("data", "images") else {}
@@ -49,10 +52,14 @@ def main() -> None:
     # With --init, a preset that trains a VAE, words and images of its own goes straight to videos.
     if args.stage == "all" and config.init and config.vae_steps > 0:
         config = replace(config, vae_steps=0, text_steps=0, image_steps=0)
-    if args.lora is not None:
-        if args.stage not in ("all", "video"):
-            raise ValueError(f"--lora is for the video stage, not for --stage {args.stage}")
-        STAGES["video"] = partial(lora_stage, args.lora)
+    if (args.variant is None) != (args.image_encoder is None):
+        raise ValueError("--variant and --image_encoder belong together: give both")
+    pages = [partial(lora_stage, args.lora)] if args.lora is not None else []
+    if args.variant:
+        pages.append(partial(image_token_stage, args.variant, args.image_encoder))
+    if pages and (len(pages) > 1 or args.stage not in ("all", "video")):
+        raise ValueError("--lora or --variant, one of them, is for the video stage alone")
+    STAGES.update({"video": page for page in pages})
     train(config, args.stage)
 
 

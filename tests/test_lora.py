@@ -1,16 +1,14 @@
 """Thin matrices beside the attentions': trained alone, kept apart, merged."""
 
-import sys
 from copy import deepcopy
 
 import pytest
 import torch
 from reference import difference, fill, tiny_model, tiny_unet
+from tiny_training import command
 
 import train
 from tinydance.model import PixelDance
-from tinydance.run import stages
-from tinydance.run.cli import run_main
 from tinydance.unet import Attention
 from tinydance.variants import lora
 from tinydance.variants.lora import LoRA, add_lora, apply_lora, lora_weights, merge_lora
@@ -100,18 +98,13 @@ def test_what_does_not_fit_changes_nothing(clip):
         add_lora(unet, 0)
 
 
-def command(monkeypatch, script, *words):
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
-    monkeypatch.setitem(stages.STAGES, "video", stages.STAGES["video"])  # back afterwards
-    run_main(script.main)
-
-
 def test_it_is_trained_kept_and_added_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny_model(timestep_spacing="trailing", prediction_type="v_prediction").save("model")
     frames = torch.randint(256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     save_video(frames.to(torch.uint8), "clips/a.mp4")
     given = "--init model --data clips --held_out 0 --lora 2 --frames 4 --height 16 --width 16"
+    given += " --workers 0"
     given += " --batch 2 --image_batch 2 --lr 0.1 --warmup 0 --steps 2 --device cpu --dtype float32"
     for steps in (2, 3):  # it goes on
         command(monkeypatch, train, *given.split(), "--video_steps", steps, "--out", "run")
@@ -132,7 +125,7 @@ def test_it_is_trained_kept_and_added_from_the_command_line(tmp_path, monkeypatc
     assert "other weights than this network's: use another --out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command(monkeypatch, train, "--lora", 2, "--stage", "vae")
-    assert "--lora is for the video stage" in capsys.readouterr().err
+    assert "is for the video stage alone" in capsys.readouterr().err
     save_safetensors({"x": torch.zeros(1)}, "other.safetensors")
     with pytest.raises(SystemExit):
         command(monkeypatch, lora, "model", "other.safetensors", "more")

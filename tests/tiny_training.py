@@ -12,6 +12,7 @@ from reference import TINY
 
 from tinydance.config import NETWORKS, make_config
 from tinydance.run import stages
+from tinydance.run.cli import run_main
 from tinydance.vae import VAEConfig
 
 torch.set_num_threads(1)
@@ -28,6 +29,13 @@ def tiny_train(stage: str = "all", dropout: float = 0.1, validated: int = 4, **c
     NETWORKS["toy"].update(TINY | {"unet": unet, "vae": vae})
     with patch.multiple(stages, VALIDATED=validated, LEVELS=(0.1, 0.9)):
         stages.train(make_config("toy", **(FIELDS | changes)), stage)
+
+
+def command(monkeypatch, script, *words):
+    """Run a script, or a room's command, as if it were typed."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
+    monkeypatch.setitem(stages.STAGES, "video", stages.STAGES["video"])  # back afterwards
+    run_main(script.main)
 
 
 if __name__ == "__main__":

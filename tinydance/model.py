@@ -106,7 +106,7 @@ class PixelDance:
             raise ValueError(f"text is {width} wide, the UNet reads {wanted}: take both from one")
 
     @classmethod
-    def from_folder(cls, path) -> "PixelDance":
+    def from_folder(cls, path, network: type[UNet] = UNet) -> "PixelDance":
         """Read a model folder. Raises ValueError naming what is missing or does not fit."""
         path = check_folder(path)
         with reading(path):
@@ -115,7 +115,7 @@ class PixelDance:
             side = read_config(path / "unet").get("sample_size", 32) * vae.stride
             known = read_json(file) if file.is_file() else {"height": side, "width": side}
             return cls(
-                unet=UNet.from_folder(path / "unet").eval(),
+                unet=network.from_folder(path / "unet").eval(),
                 vae=vae,
                 text_tower=TextTower.from_folder(path / "text_encoder").eval(),
                 tokenizer=Tokenizer.from_folder(path / "tokenizer"),

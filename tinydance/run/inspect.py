@@ -61,10 +61,8 @@ def read_rows(files: Files) -> None:
         except BadSample as error:
             counts[error.reason] += 1
             examples.setdefault(error.reason, f"  {error.reason}, such as {error.message:.200}")
-    found, seconds = (
-        format_counts(counts) or "nothing wrong",
-        (process_time() - begun) / len(chosen),
-    )
+    seconds = (process_time() - begun) / len(chosen)
+    found = format_counts(counts) or "nothing wrong"
     lines = [f"{files.rows.where}: {len(chosen):,} of {len(files.rows):,} rows read: {found}"]
     lines += examples.values()
     if seconds > SLOW:

@@ -59,7 +59,8 @@ def train(config: Config, stage: str = "all") -> None:
         machine.wait()
     source = source or open_data()
     if config.workers < 0:  # what the toy world draws is there sooner than a worker could send it
-        config = replace(config, workers=0 if isinstance(source, ToyWorld) else 4)
+        workers = 0 if isinstance(source, ToyWorld) else min(4, os.cpu_count() or 1)
+        config = replace(config, workers=workers)
     tell(machine, "\n".join(describe_source(source)))
     if stage in ("benchmark", "inspect"):
         OTHERS[stage](config, machine, source)
@@ -122,7 +123,7 @@ def run_stages(config: Config, machine: Machine, source: Source, names, signals)
 def share(config: Config, machine: Machine, source: Source, **options) -> Callable:
     """This rank's batches of the steps (first, last), see `batches`."""
     options |= {"rank": machine.rank, "world_size": machine.world_size}
-    return partial(batches, source, workers=config.workers, **options)
+    return partial(batches, source, workers=max(0, config.workers), **options)
 
 
 # ---------------------------------------------------------------------------------- the four stages
@@ -178,17 +179,16 @@ def unet_stage(
     name, config: Config, machine: Machine, source: Source, held_out: Source | None, convert=None
 ) -> Stage:
     """The UNet: as text-to-image on single frames, or on clips with images every so often.
-    convert: what a variant makes of it before it is trained, in place."""
+    convert: what a variant makes of it before it is trained."""
     torch.manual_seed(config.seed)
     is_image, folder = name == "image", Path(config.out) / name / "model"
     is_new = is_image and config.unet != "init"
     unet = UNet(NETWORKS[config.unet]["unet"]) if is_new else load_unet(name, config)
-    unet.set_gradient_checkpointing(config.gradient_checkpointing)
     if config.train == "temporal":  # what the paper adds to an image model [Make-Your-Video]
         for key, parameter in unet.named_parameters():
             parameter.requires_grad_(is_temporal(key) or key.startswith("conv_in"))
-    if convert is not None:
-        convert(unet)
+    unet = convert(unet) if convert else unet
+    unet.set_gradient_checkpointing(config.gradient_checkpointing)
     vae, tower = load_frozen(VAE, "vae", config), load_frozen(TextTower, "text_encoder", config)
     check_vae(source, vae)
     tokenizer = Tokenizer.from_folder(find_part("tokenizer", config))
