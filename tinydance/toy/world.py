@@ -152,22 +152,36 @@ def paint_background(background: str, x, y, horizon=21.0, hills=0.0, light=1.0) 
     return light * (sky + (ground - sky) * is_ground)
 
 
-def render(scene: Scene, world: World = World()) -> np.ndarray:
-    """The clip of a scene: uint8 (f, 3, H, W)."""
+def place(scene: Scene, world: World):
+    """Where the object is: x and y from its centre in radii, and its share of each pixel, each
+    (f, h, w)."""
     pose = MOTIONS[scene.motion](np.linspace(0, 1, world.frames), scene.extent)
     dx, dy, scale = (np.reshape(part, (-1, 1, 1)) for part in pose)  # f 1 1, or 1 1 1 if constant
     y, x = pixel_grid(world.size)  # 1 h w
-    back = paint_background(scene.background, x, y, scene.horizon, scene.hills, scene.light)
-
     radius = scene.radius * scale
-    px, py = (x - scene.x - dx) / radius, (y - scene.y - dy) / radius  # f h w, in radii
+    px, py = (x - scene.x - dx) / radius, (y - scene.y - dy) / radius
     pixels = radius * world.size / UNITS
-    cover = np.clip(0.5 - signed_distance(scene.shape, px, py) * pixels, 0, 1)[:, None]
-    shade = 1 - 0.16 * np.clip(px + py, -1.4, 1.4)[:, None]  # lit from the top left
-    gleam = 50 * np.exp(-((px + 0.35) ** 2 + (py + 0.35) ** 2) / 0.12)[:, None]
+    return px, py, np.clip(0.5 - signed_distance(scene.shape, px, py) * pixels, 0, 1)
+
+
+def render(scene: Scene, world: World = World()) -> np.ndarray:
+    """The clip of a scene: uint8 (f, 3, H, W)."""
+    px, py, cover = (part[:, None] for part in place(scene, world))  # f 1 h w
+    y, x = pixel_grid(world.size)  # 1 h w
+    back = paint_background(scene.background, x, y, scene.horizon, scene.hills, scene.light)
+    shade = 1 - 0.16 * np.clip(px + py, -1.4, 1.4)  # lit from the top left
+    gleam = 50 * np.exp(-((px + 0.35) ** 2 + (py + 0.35) ** 2) / 0.12)
     colour = np.array(COLOURS[scene.colour], float)[:, None, None]
     clip = back + (np.minimum(colour * shade + gleam, 255) - back) * cover  # f 3 h w
     return np.rint(np.clip(clip, 0, 255)).astype(np.uint8)
+
+
+def render_depth(scene: Scene, world: World = World()) -> np.ndarray:
+    """How near everything is, as depth estimators tell it: float32 (f, 1, H, W), from -1 for the
+    sky over 0 where the ground leaves the picture to 1 for the object."""
+    *_, cover = place(scene, world)
+    ground = np.clip((pixel_grid(world.size)[0] - scene.horizon) / (UNITS - scene.horizon), 0, 1)
+    return (ground - 1 + (2 - ground) * cover).astype(np.float32)[:, None]
 
 
 def describe(scene: Scene) -> str:
