@@ -15,6 +15,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from tinydance.conditioning import sketch
 from tinydance.config import autocast, choose_device, choose_dtype, did_you_mean
+from tinydance.data.depth import read_depth
 from tinydance.model import PixelDance, Settings
 from tinydance.run.cli import Parser, Progress, progress, run_main
 from tinydance.sampling import first_frame, sample
@@ -33,6 +35,8 @@ from tinydance.video.write import read_metadata
 from tinydance.weights.untrusted import read_text, reading
 
 PROMPT = "a red circle bounces to the right"
+# page of variants/ -> what a model's folder has where it was converted by it
+CONVERTED = {"videocrafter1": "image_encoder", "make_your_video": "depth.json"}
 PICTURES = ("first", "last")  # flags that name pictures, which are instructions by these names
 SETTINGS = [f.name for f in fields(Settings) if f.name != "fps"]  # flags that change the model's
 HELP = {"tau": "steps that see --last: 12, 0.5 or 50%%; ", "sampler": "ddim, ddpm or dpm; "}
@@ -53,6 +57,7 @@ def parse() -> Namespace:
     add("--edit", help="video to make again, between its first and last frame")
     add("--clips", type=int, default=1, help="chained into one video; default: 1")
     add("--story", help=".toml with a film's shots: see tinydance/video/README.md")
+    add("--depth", help="video, light is near, for a model that takes depth: see variants/")
     add("--t2i", help="model folder that makes first frames: Stable Diffusion 2.1's, say")
     for name in SETTINGS:
         kind = str if name == "tau" else type(getattr(Settings, name))
@@ -67,7 +72,9 @@ def parse() -> Namespace:
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
-    for name in ("prompt", "prompts", *PICTURES, "sketch", "edit", "clips") if args.story else ():
+    for name in (
+        ("prompt", "prompts", *PICTURES, "sketch", "edit", "clips", "depth") if args.story else ()
+    ):
         if vars(args)[name] != parser.get_default(name):
             raise ValueError(f"--story says what each shot is; leave out {name}")
     args.prompt = " ".join(args.prompt) if args.prompt else None  # whoever leaves out the quotes
@@ -131,12 +138,13 @@ def main() -> None:
 
 
 def load(folder: str, device: str, dtype: torch.dtype) -> PixelDance:
-    if (Path(folder) / "image_encoder").is_dir():  # it was converted, and looks at pictures
-        from tinydance.variants.videocrafter1 import open_model  # which loads what trains
-
-        model = open_model(folder).to(device, dtype)
+    is_there = {page: (Path(folder) / part).exists() for page, part in CONVERTED.items()}
+    page = next((page for page, found in is_there.items() if found), None)
+    if page:  # imported only here, as a page loads what trains
+        open_model = import_module(f"tinydance.variants.{page}").open_model
     else:
-        model = PixelDance.from_folder(folder).to(device, dtype)
+        open_model = PixelDance.from_folder
+    model = open_model(folder).to(device, dtype)
     for part in (model.unet, model.vae, model.text_tower):
         part.requires_grad_(False)  # else autocast keeps a second copy of every weight
     return model
@@ -149,11 +157,29 @@ def read_videos(args: Namespace, model: PixelDance) -> list[list[story.Shot]]:
     if args.story:
         videos = [story.read_story(args.story, model, settings)]
     else:
-        videos = [[shot] for shot in read_shots(args, settings)]
+        videos = [[add_depth(shot, args, model)] for shot in read_shots(args, settings)]
     shots = list(itertools.chain(*videos))
     for note in dict.fromkeys(note for shot in shots for note in read_notes(shot, model)):
         print(f"note: {note}", file=sys.stderr)
     return videos
+
+
+def add_depth(shot: story.Shot, args: Namespace, model: PixelDance) -> story.Shot:
+    """The shot with --depth, where the model takes depth. Raises ValueError where one lacks."""
+    takes_depth = model.unet.config.in_channels > 2 * model.unet.config.out_channels
+    if takes_depth != bool(args.depth) or (args.depth and shot.clips > 1):
+        is_one = (
+            "leave out --clips, and give --frames" if takes_depth and args.depth else "use both"
+        )
+        raise ValueError(
+            f"--depth and a --model that takes it belong together, in one clip: {is_one}"
+        )
+    if not args.depth:
+        return shot
+    size = model.latent_size(shot.settings.height, shot.settings.width)
+    return replace(
+        shot, pictures=shot.pictures | {"depth": read_depth(args.depth, shot.settings, size)}
+    )
 
 
 def read_notes(shot: story.Shot, model: PixelDance) -> Iterator[str]:

@@ -14,10 +14,11 @@ from functools import partial
 from typing import get_args
 
 from tinydance.config import PRESETS, Config, did_you_mean, make_config
+from tinydance.data.depth import WithDepth
 from tinydance.run.cli import Parser, run_main
 from tinydance.run.stages import OTHERS, STAGES, train
+from tinydance.variants import make_your_video, videocrafter1
 from tinydance.variants.lora import lora_stage
-from tinydance.variants.videocrafter1 import PAGES, image_token_stage
 
 
 def main() -> None:
@@ -28,8 +29,10 @@ def main() -> None:
     parser.add_argument(
         "--lora", type=int, help="train thin matrices of this rank, no other weight"
     )
-    parser.add_argument("--variant", choices=PAGES, help="how pictures are shown; see variants/")
-    parser.add_argument("--image_encoder", help="folder of CLIP, whose image tower --variant needs")
+    variants = {**make_your_video.PAGES, **videocrafter1.PAGES}
+    parser.add_argument("--variant", choices=variants, help="a neighbour's way; see variants/")
+    parser.add_argument("--image_encoder", help="folder of CLIP, for a variant that looks")
+    parser.add_argument("--depth", default="", help="folder of depth videos, for one that takes it")
     for f in fields(Config):
         words = PRESETS if f.name == "preset" else get_args(f.type)
         repeat = {"action": "extend", "nargs": "+"} if f.name in ("data", "images") else {}
@@ -52,11 +55,20 @@ def main() -> None:
     # With --init, a preset that trains a VAE, words and images of its own goes straight to videos.
     if args.stage == "all" and config.init and config.vae_steps > 0:
         config = replace(config, vae_steps=0, text_steps=0, image_steps=0)
-    if (args.variant is None) != (args.image_encoder is None):
+    looks, is_deep = args.variant in videocrafter1.PAGES, args.variant in make_your_video.PAGES
+    if looks != (args.image_encoder is not None):
         raise ValueError("--variant and --image_encoder belong together: give both")
+    if args.depth and not is_deep:
+        raise ValueError(f"--depth is for --variant {' or '.join(make_your_video.PAGES)}")
     pages = [partial(lora_stage, args.lora)] if args.lora is not None else []
-    if args.variant:
-        pages.append(partial(image_token_stage, args.variant, args.image_encoder))
+    if looks:
+        pages.append(partial(videocrafter1.image_token_stage, args.variant, args.image_encoder))
+    if is_deep:
+        pages.append(
+            partial(
+                make_your_video.depth_stage, args.variant, partial(WithDepth, folder=args.depth)
+            )
+        )
     if pages and (len(pages) > 1 or args.stage not in ("all", "video")):
         raise ValueError("--lora or --variant, one of them, is for the video stage alone")
     STAGES.update({"video": page for page in pages})

@@ -64,9 +64,16 @@ def paint_background(background: str, x, y, horizon=21.0, hills=0.0, light=1.0) 
     return light * (sky + (ground - sky) * is_ground)
 
 
-def paint_thing(frames, shape, colour, cx, cy, radius) -> None:
-    """Draw an object into frames (n, 3, h, w), in the rows and columns that it can touch alone.
-    colour (3,) or (n, 3); centre and radius in units, one or n."""
+def ground_depth(size: int, horizon: float) -> np.ndarray:
+    """How near a landscape is: (1, 1, h, w), -1 for the sky, 0 at the picture's bottom."""
+    y, _ = pixel_grid(size)
+    return np.clip((y - horizon) / (UNITS - horizon), 0, 1)[None] - 1
+
+
+def cover_thing(frames, shape, cx, cy, radius):
+    """What an object covers of frames (n, c, h, w): a view of the rows and columns that it can
+    touch alone, its share of each of their pixels (n, 1, h, w), and how far these are from its
+    centre, x and y in radii (n, h, w). centre and radius in units, one or n."""
     size, reach, spans = frames.shape[-1], np.max(1.7 * radius + 1), []
     for centre in (cy, cx):
         low, high = np.min(centre) - reach, np.max(centre) + reach
@@ -74,10 +81,21 @@ def paint_thing(frames, shape, colour, cx, cy, radius) -> None:
         spans.append(slice(low, high + 1))
     y, x = (grid[:, *spans] for grid in pixel_grid(size))
     cx, cy, radius = (np.reshape(part, (-1, 1, 1)) for part in (cx, cy, radius))
-    px, py = (x - cx) / radius, (y - cy) / radius  # n h w, in radii
-    cover = np.clip(0.5 - signed_distance(shape, px, py) * radius * size / UNITS, 0, 1)[:, None]
+    px, py = (x - cx) / radius, (y - cy) / radius
+    cover = np.clip(0.5 - signed_distance(shape, px, py) * radius * size / UNITS, 0, 1)
+    return frames[:, :, *spans], cover[:, None], px, py
+
+
+def paint_thing(frames, shape, colour, *place) -> None:
+    """Draw an object into frames (n, 3, h, w). colour (3,) or (n, 3); place: as in `cover_thing`."""
+    part, cover, px, py = cover_thing(frames, shape, *place)
     shade = 1 - 0.16 * np.clip(px + py, -1.4, 1.4)[:, None]  # lit from the top left
     gleam = 50 * np.exp(-((px + 0.35) ** 2 + (py + 0.35) ** 2) / 0.12)[:, None]
     lit = np.minimum(np.reshape(colour, (-1, 3, 1, 1)) * shade + gleam, 255)
-    part = frames[:, :, *spans]
     part += (lit - part) * cover
+
+
+def paint_depth(depth, nearness: float, shape, colour, *place) -> None:
+    """Draw how near an object is into depth (n, 1, h, w)."""
+    part, cover, *_ = cover_thing(depth, shape, *place)
+    part += (nearness - part) * cover

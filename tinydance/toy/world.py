@@ -20,7 +20,9 @@ from tinydance.toy.paint import (
     BACKGROUNDS,
     COLOURS,
     SHAPES,
+    ground_depth,
     paint_background,
+    paint_depth,
     paint_thing,
     pixel_grid,
 )
@@ -107,7 +109,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     """Draw a scene. The order of the draws is part of the data set: keep it."""
     shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
     land, motion = sample_land(rng), str(rng.choice(list(MOTIONS)))
-    u = rng.random(14)[8:]  # the first eight decided things that are no more
+    u = rng.random(6)
     begin, end = sample_path(rng, MOTIONS[motion])
     growth = {0: 1.0, 1: 1.5 + 0.3 * u[2], -1: 0.58 + 0.12 * u[2]}[MOTIONS[motion].growth]
     mover, turned, becomes = Thing(shape, colour, *begin, 2.8 + 0.4 * u[0]), colour, land.background
@@ -174,15 +176,9 @@ def sample_other(rng, mover: Thing, end, taken) -> Thing | None:
     return None
 
 
-def render(scene: Scene, world: World = World(), pick: slice = slice(None)) -> np.ndarray:
-    """The clip of a scene, or those of its frames that are picked: uint8 (f, 3, H, W)."""
-    seen, t = round(world.frames * scene.cut), np.arange(world.frames)[pick]
-    u = t / max(1, seen - 1)  # 0 at the begin, 1 at the end or at the last frame before the cut
-    y, x = pixel_grid(world.size)  # 1 h w
-    frames = np.repeat(paint_background(x=x, y=y, **vars(scene.land)), len(u), axis=0)
-    if scene.becomes != scene.land.background:
-        other = paint_background(x=x, y=y, **vars(scene.land) | {"background": scene.becomes})
-        frames += (other - frames) * u[:, None, None, None]
+def arrange(scene: Scene, u: np.ndarray) -> list[tuple]:
+    """What `paint_thing` takes of each object, the one in front last. u (n,): times, 0 at the
+    begin, 1 at the end or at the last frame before the cut."""
     begin, end, v = scene.mover, scene.end, 2 * u % 1.0
     cx = begin.x + (end.x - begin.x) * u
     cy = begin.y + (end.y - begin.y) * u - scene.hop * 4 * v * (1 - v)
@@ -190,7 +186,19 @@ def render(scene: Scene, world: World = World(), pick: slice = slice(None)) -> n
     colour = np.where(u[:, None] < 0.5, COLOURS[begin.colour], COLOURS[end.colour])
     things = [(begin.shape, colour, cx, cy, radius)]
     things += [scene.other.parts()] if scene.other else []
-    for thing in things if scene.other_in_front else things[::-1]:
+    return things if scene.other_in_front else things[::-1]
+
+
+def render(scene: Scene, world: World = World(), pick: slice = slice(None)) -> np.ndarray:
+    """The clip of a scene, or those of its frames that are picked: uint8 (f, 3, H, W)."""
+    seen, t = round(world.frames * scene.cut), np.arange(world.frames)[pick]
+    u = t / max(1, seen - 1)
+    y, x = pixel_grid(world.size)  # 1 h w
+    frames = np.repeat(paint_background(x=x, y=y, **vars(scene.land)), len(u), axis=0)
+    if scene.becomes != scene.land.background:
+        other = paint_background(x=x, y=y, **vars(scene.land) | {"background": scene.becomes})
+        frames += (other - frames) * u[:, None, None, None]
+    for thing in arrange(scene, u):
         paint_thing(frames, *thing)
     if scene.after:
         thing, land = scene.after
@@ -198,6 +206,22 @@ def render(scene: Scene, world: World = World(), pick: slice = slice(None)) -> n
         paint_thing(after, *thing.parts())
         frames[t >= seen] = after
     return np.rint(np.clip(frames, 0, 255)).astype(np.uint8)
+
+
+def render_depth(scene: Scene, world: World = World()) -> np.ndarray:
+    """How near everything is, as depth estimators say it: float32 (f, 1, H, W), from -1 for the
+    sky over 0 where the ground leaves the picture to 1 for the object in front."""
+    seen, t = round(world.frames * scene.cut), np.arange(world.frames)
+    depth = np.repeat(ground_depth(world.size, scene.land.horizon), len(t), axis=0)
+    things = arrange(scene, t / max(1, seen - 1))
+    for nearness, thing in zip((0.6, 1.0)[-len(things) :], things):
+        paint_depth(depth, nearness, *thing)
+    if scene.after:
+        thing, land = scene.after
+        after = ground_depth(world.size, land.horizon)
+        paint_depth(after, 1.0, *thing.parts())
+        depth[t >= seen] = after
+    return depth.astype(np.float32)
 
 
 def describe(scene: Scene) -> str:

@@ -43,7 +43,7 @@ SHOT = SETTINGS | {"prompt": str, "clips": int, "cut": bool, "first": str, "last
 @dataclass(frozen=True)
 class Shot:
     """One or more clips under one prompt. pictures: uint8 (3, H, W), named as the instructions are,
-    "first" and "last"; for a variant also clips (f, 3, H, W), such as a depth map of each frame."""
+    "first" and "last"; for a variant also clips (f, 3, H, W), and floats that go in as they are."""
 
     prompt: str
     pictures: dict[str, Tensor] = field(default_factory=dict)
@@ -106,6 +106,8 @@ def film(model: PixelDance, shots: list[Shot], number=0, make=sample_latents) ->
 
 def encode(model: PixelDance, picture: Tensor) -> Tensor:
     """uint8 -> scaled latents: a picture (3, H, W) is (1, 4, h, w), a clip (1, f, 4, h, w)."""
+    if picture.is_floating_point():  # an instruction already, such as depth (f, 1, h, w)
+        return picture[None].to(model.device)
     pixels = to_pixels(picture)[None].to(model.device)
     return encode_picture(model, pixels) if picture.ndim == 3 else model.vae.encode_video(pixels)
 
