@@ -329,3 +329,14 @@ def test_a_check_says_what_differs(answer, words, capsys):
 def test_a_line_that_the_library_no_longer_has_is_an_error():
     with pytest.raises(ValueError, match="no line has 'no such words'"):
         course.code(course.play, "no such words")
+
+
+# --------------------------------------------------------------------------------- the lecture
+def test_ten_slides_fill_the_lecture_with_the_courses_own_pictures():
+    text = (COURSE / "slides.html").read_text(encoding="utf-8")
+    slides = re.findall(r"<section>(.*?)</section>", text, re.S)
+    minutes = [int(re.search(r"<aside>(\d+) minutes", slide)[1]) for slide in slides]
+    assert len(slides) == 10 and sum(minutes) == 90
+    pictures = re.findall(r'<img src="([^"]+)" alt="([^"]{20,})">', text)
+    assert len(pictures) == text.count("<img") >= 6
+    assert [name for name, _ in pictures if not (COURSE / name).exists()] == []
