@@ -10,13 +10,14 @@ import base64
 import inspect
 import io
 import os
-import struct
 import textwrap
 import zlib
 from html import escape
 from pathlib import Path
+from struct import pack
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from IPython.display import Image, Markdown
 from PIL import Image as Picture
@@ -60,21 +61,18 @@ def play(*clips, fps: float = 4, scale: int = 4, alt: str = "") -> "Player":
 
 
 class Player:
-    """Shows an animated PNG: with a slider where scripts may run, else the picture as it is."""
+    """Shows an animated PNG: where scripts may run with a slider, and else as it is."""
 
     def __init__(self, png: bytes, alt: str, fps: float, width: int):
-        self.png, self.alt, self.fps, self.width = png, alt, fps, width
+        self.png, self.alt, self.width = png, alt, width
+        self.base64 = base64.b64encode(png).decode()
+        self.html = (
+            f'<img src="data:image/png;base64,{self.base64}" alt="{escape(alt)}" width="{width}" '
+            f'style="image-rendering: pixelated" onload="{escape(f"({PLAYER})(this, {fps})")}">'
+        )
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
-        png, script = (
-            base64.b64encode(self.png).decode(),
-            escape(f"({PLAYER})(this, {self.fps})"),
-        )
-        html = (
-            f'<img src="data:image/png;base64,{png}" alt="{escape(self.alt)}" width="{self.width}" '
-            f'style="image-rendering: pixelated" onload="{script}">'
-        )
-        shown = {"text/html": html, "image/png": png, "text/plain": self.alt}
+        shown = {"text/html": self.html, "image/png": self.base64, "text/plain": self.alt}
         return shown, {"image/png": {"width": self.width, "alt": self.alt}}
 
 
@@ -83,27 +81,23 @@ def animate(clip: Tensor, fps: float) -> bytes:
     f, _, height, width = clip.shape
     tall = Picture.fromarray(clip.permute(0, 2, 3, 1).flatten(0, 1).numpy())  # (f H) W 3
     tall = tall.quantize(256, dither=Picture.Dither.NONE)
-    rows = torch.frombuffer(bytearray(tall.tobytes()), dtype=torch.uint8).view(f, height, width)
-    rows = torch.nn.functional.pad(rows, (1, 0))  # each row begins with its filter: 0, none
+    rows = np.asarray(tall).reshape(f, height, width)
+    rows = np.pad(rows, ((0, 0), (0, 0), (1, 0)))  # before each row its filter: 0, none
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        check = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+        return pack(">I", len(data)) + kind + data + pack(">I", zlib.crc32(kind + data))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits, an index of the palette
-    parts = [chunk(b"IHDR", head), chunk(b"acTL", struct.pack(">II", f, 0))]
-    parts.append(chunk(b"PLTE", bytes(tall.getpalette())))
-    numbers = iter(range(2 * f))  # of the chunks about frames
+    parts = [
+        chunk(b"IHDR", pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),  # 8 bits, of a palette
+        chunk(b"acTL", pack(">II", f, 0)),
+        chunk(b"PLTE", bytes(tall.getpalette())),
+    ]
     for k, frame in enumerate(rows):
-        place = (next(numbers), width, height, 0, 0, round(1000 / fps), 1000, 0, 0)
-        parts.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", *place)))
-        data = zlib.compress(frame.numpy().tobytes(), 9)
-        first = k == 0
-        parts.append(
-            chunk(b"IDAT", data)
-            if first
-            else chunk(b"fdAT", struct.pack(">I", next(numbers)) + data)
-        )
+        # Both chunks of a frame are numbered, but the first frame's data, an ordinary IDAT.
+        place = max(0, 2 * k - 1), width, height, 0, 0, round(1000 / fps), 1000, 0, 0
+        data = zlib.compress(frame.tobytes(), 9)
+        parts.append(chunk(b"fcTL", pack(">IIIIIHHBB", *place)))
+        parts.append(chunk(b"fdAT", pack(">I", 2 * k) + data) if k else chunk(b"IDAT", data))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
 
 

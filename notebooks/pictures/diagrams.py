@@ -284,10 +284,10 @@ def draw_guidance() -> None:
     x, y = place(4.7)
     text(x, y - 40, "one more (eps_c - eps_u) for each 1 of w", 14)
     notes = (
-        "w = 0: the answer to the empty caption",
-        "w = 1: the answer to the caption, guidance off",
+        "w = 0: the prediction with an empty caption",
+        "w = 1: with the caption, guidance off",
     )
-    notes += (f"w = {WEIGHTS[-1]:g}: beyond both (the paper preset; ours)",)
+    notes += (f"w = {WEIGHTS[-1]:g}: far past both [ours: paper silent]",)
     for k, words in enumerate(notes):
         text(490, 330 + 30 * k, words, 15, INK, ha="left")
     save("guidance.png")
