@@ -75,12 +75,13 @@ def test_the_signal_at_each_step_is_the_schedules():
 
 def test_the_guided_vectors_are_those_of_the_denoiser():
     u, c = (torch.tensor(x).view(1, 1, 2, 1, 1) for x in (diagrams.EPS_U, diagrams.EPS_C))
+    c_empty, c_text = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+
+    def network(z, t, text):
+        return torch.where(text[:, :, :, None, None] > 0, c, u)
+
     for w in diagrams.WEIGHTS:
-        parts = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
-        denoise = guided_denoiser(
-            lambda z, t, text: torch.where(text[:, :, :, None, None] > 0, u, c),
-            *parts, {"c_image": u}, {"c_image": u}, tau=1, guidance=w,
-        )  # fmt: skip
+        denoise = guided_denoiser(network, c_text, c_empty, {"c": u}, {"c": u}, 1, w)
         got = denoise(u, 0, 0).flatten().numpy()
         assert got == pytest.approx(diagrams.guide(diagrams.EPS_U, diagrams.EPS_C, w))
 

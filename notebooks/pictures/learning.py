@@ -3,11 +3,11 @@
     python notebooks/pictures/learning.py guess --out guess.png               # animated
     python notebooks/pictures/learning.py steps --models runs/kept --out steps.png
 
-`guess` shows a hidden clip at growing signal, and below it the network's guess of z_0, from one call
-with the caption and the first frame. `steps` shows the same caption, first frame
-and noise after growing numbers of training steps. The folder holds, for each number, a model folder
-or a checkpoint such as `step_00001000`. A run keeps only its last two checkpoints: copy the others
-while it goes on. [ours]
+`guess` shows a hidden clip at growing signal, and below it the network's guess of z_0, from one
+call with the caption and the first frame. `steps` shows the same caption, first frame and noise
+after growing numbers of training steps. The folder holds, for each number, a model folder or a
+checkpoint such as `step_00001000`. A run keeps only its last two checkpoints: copy the others while
+it goes on. [ours]
 Not here: measurements (`figures.py`), diagrams (`diagrams.py`).
 """
 
