@@ -65,10 +65,10 @@ class Player:
 
     def __init__(self, png: bytes, alt: str, fps: float, width: int):
         self.png, self.alt, self.width = png, alt, width
-        self.base64 = base64.b64encode(png).decode()
+        self.base64, script = base64.b64encode(png).decode(), f"({PLAYER})(this, {fps})"
         self.html = (
             f'<img src="data:image/png;base64,{self.base64}" alt="{escape(alt)}" width="{width}" '
-            f'style="image-rendering: pixelated" onload="{escape(f"({PLAYER})(this, {fps})")}">'
+            f'style="image-rendering: pixelated" onload="{escape(script)}">'
         )
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
