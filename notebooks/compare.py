@@ -99,7 +99,7 @@ def same(got, want) -> bool:
 def to_tensor(got) -> Tensor | None:
     """A tensor of what may stand for one; None where nothing does."""
     if isinstance(got, Tensor):
-        return got.detach()
+        return None if got.is_complex() or got.layout != torch.strided else got.detach()
     if not isinstance(got, (np.ndarray, np.generic, list, tuple)):
         return None
     try:
