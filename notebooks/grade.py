@@ -63,7 +63,7 @@ def find_work(folder: Path, notebooks: list[str]) -> dict[str, dict[str, Path]]:
         raise ValueError(
             f"{folder} is no folder; give one with a folder or a file for each student"
         )
-    work = {path.name: {} for path in sorted(folder.iterdir()) if path.is_dir()}
+    work = {path.name: {} for path in folder.iterdir() if path.is_dir()}
     for path in sorted(folder.rglob("*.ipynb"), key=lambda path: path.stat().st_mtime):
         name = next((name for name in notebooks if name in path.stem), None)
         parts = path.relative_to(folder).parts
@@ -73,7 +73,7 @@ def find_work(folder: Path, notebooks: list[str]) -> dict[str, dict[str, Path]]:
     if not any(work.values()):
         known = ", ".join(notebooks) or "notebook by these words"
         raise ValueError(f"{folder} has no notebook to grade; names contain one of: {known}")
-    return {student: files for student, files in work.items() if not student.startswith(".")}
+    return {student: files for student, files in sorted(work.items()) if student[0] != "."}
 
 
 def grade(exercise: Exercise, student: Student | None, seed: int) -> str:

@@ -52,6 +52,8 @@ def check_adamw(yours):
     for step in (1, random.randrange(2, 50)):
         weight, grad, m, v = torch.randn(4, 3, 5)
         cases.append((weight, grad, m, v.abs(), step, random.uniform(0.01, 0.1), 0.1))
+    zero = torch.zeros(3, 5)
+    cases.append((torch.randn(3, 5), zero, zero, zero, 1, 0.1, 0.1))  # no division by zero
     compare(yours, adamw, cases)
 
 

@@ -48,7 +48,9 @@ def check_count_clips(yours):
 
 
 def check_chain(yours):
-    compare(yours, chain, [(torch.randn(2, 3), n) for n in (6, random.randrange(11, 14), 14, 3)])
+    compare(
+        yours, chain, [(torch.randn(2, 3), n) for n in (6, random.randrange(11, 14), 14, 40, 3)]
+    )
 
 
 def check_blend(yours):

@@ -31,14 +31,9 @@ def run_seconds(steps, step, save_every, save, restart, kills):
 
     def spend(seconds):
         nonlocal now
-        if not kills or kills[0] > now + seconds:
-            now += seconds
-            return True
-        now = kills.pop(0)
-        while kills and kills[0] < now + restart:
-            now = kills.pop(0)
-        now += restart
-        return False
+        killed = bool(kills) and kills[0] < now + seconds
+        now = kills.pop(0) + restart if killed else now + seconds
+        return not killed
 
     while done < steps:
         if not spend(step):
@@ -68,7 +63,7 @@ def check_bytes_of(yours):
 
 
 def check_run_seconds(yours):
-    cases = [(100, 3, 10, 5, 60, []), (100, 3, 10, 5, 60, [0.5, 20.5])]
+    cases = [(100, 3, 10, 5, 60, kills) for kills in ([], [0.5, 70.5], [40.5, 80.5, 120.5, 400.5])]
     for _ in range(4):
         kills = sorted(random.sample(range(1000), 5))
         cases.append((100, 3, random.randrange(7, 20), 5, 60, [kill + 0.5 for kill in kills]))
