@@ -63,7 +63,7 @@ def check_bytes_of(yours):
 
 
 def check_run_seconds(yours):
-    cases = [(100, 3, 10, 5, 60, kills) for kills in ([], [0.5, 70.5], [40.5, 80.5, 120.5, 400.5])]
+    cases = [(100, 3, 10, 5, 60, kills) for kills in ([], [0.5, 250.5], [40.5, 80.5, 120.5, 400.5])]
     for _ in range(4):
         kills = sorted(random.sample(range(1000), 5))
         cases.append((100, 3, random.randrange(7, 20), 5, 60, [kill + 0.5 for kill in kills]))
