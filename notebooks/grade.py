@@ -60,9 +60,7 @@ def read_exercises(words: list[str]) -> dict[str, list[Exercise]]:
 def find_work(folder: Path, notebooks: list[str]) -> dict[str, dict[str, Path]]:
     """student -> notebook -> file, of two the newer. A name contains that of the notebook."""
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is no folder; give one with a folder or a file for each student"
-        )
+        raise ValueError(f"{folder} is no folder; give one that has each student's work")
     work = {path.name: {} for path in folder.iterdir() if path.is_dir()}
     for path in sorted(folder.rglob("*.ipynb"), key=lambda path: path.stat().st_mtime):
         name = next((name for name in notebooks if name in path.stem), None)
@@ -71,7 +69,7 @@ def find_work(folder: Path, notebooks: list[str]) -> dict[str, dict[str, Path]]:
             alone = path.stem.replace(name, "").strip(" _-") or path.stem
             work.setdefault(parts[0] if len(parts) > 1 else alone, {})[name] = path
     if not any(work.values()):
-        known = ", ".join(notebooks) or "notebook by these words"
+        known = ", ".join(notebooks)
         raise ValueError(f"{folder} has no notebook to grade; names contain one of: {known}")
     return {student: files for student, files in sorted(work.items()) if student[0] != "."}
 
@@ -101,7 +99,9 @@ def main() -> None:
 
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("words", nargs="*", help="parts of notebooks' names, such as h03")
+    parser.add_argument(
+        "words", nargs="*", default=[], help="parts of notebooks' names, such as h03"
+    )
     parser.add_argument("--limit", type=float, default=60, help="seconds for an answer")
     parser.add_argument("--seed", type=int, help="of the cases; default: another one each time")
     parser.add_argument("--out", type=Path, help="the CSV; default: FOLDER/grades.csv")
@@ -109,6 +109,8 @@ def main() -> None:
     if not 0 < args.limit < 1e6:
         raise ValueError(f"--limit is {args.limit:g}; give seconds, such as 60")
     exercises = read_exercises(args.words)
+    if not exercises:
+        raise ValueError(f"no notebook is called {' or '.join(args.words)}; try 03, or h03")
     work = find_work(args.folder, [*exercises])
     due = [name for name in exercises if any(name in files for files in work.values())]
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed

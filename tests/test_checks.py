@@ -161,7 +161,8 @@ BY_HAND = {  # bodies, where a solution is too short to be changed in 20 ways
         torch.stack([z_t, c_image], 3).flatten(2, 3) | torch.cat([z_t, z_t], dim=2)
         torch.cat([c_image, c_image], dim=2) | z_t + c_image | z_t * c_image | (z_t, c_image)
         torch.cat([z_t, c_image], 2).flatten(0, 1) | torch.cat([z_t, c_image, c_image], dim=2)
-        torch.cat([z_t, 0 * c_image], 2) | torch.cat([z_t[:, :, :2], c_image[:, :, 2:]], 2)""",
+        torch.cat([z_t, 0 * c_image], 2)
+        torch.cat([z_t[:, :, :2], c_image[:, :, 2:]], 2)""",
     "switch": """
         c_image if i >= tau else c_image_free | (c_image, c_image_free)[i < tau] | c_image * (i < tau)
         c_image if tau else c_image_free        | c_image + c_image_free""",

@@ -143,9 +143,25 @@ def test_who_changes_the_library_changes_nothing_but_their_own_answers(tmp_path,
     }
 
 
-def test_what_cannot_be_graded_is_told_in_one_line(tmp_path):
-    for folder, words in ((tmp_path / "nowhere", "is no folder"), (tmp_path, "no notebook")):
-        command = [sys.executable, str(COURSE / "grade.py"), str(folder)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stdout == ""
-        assert re.fullmatch(r"grade\.py: .*\n", done.stderr) and words in done.stderr
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["nowhere"], "nowhere is no folder"),
+        (["."], "has no notebook to grade"),
+        ([".", "h77"], "no notebook is called h77"),
+        ([".", "--limit", "0"], "give seconds"),
+        ([], "required: folder"),
+    ],
+)
+def test_what_cannot_be_graded_is_a_value_error(given, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["grade.py", *given])
+    with pytest.raises(ValueError, match=words):
+        grade.main()
+
+
+def test_a_value_error_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, str(COURSE / "grade.py"), str(tmp_path / "nowhere")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"grade\.py: .* is no folder.*\n", done.stderr)
