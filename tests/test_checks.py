@@ -164,7 +164,8 @@ BY_HAND = {  # bodies, where a solution is too short to be changed in 20 ways
         torch.cat([z_t, 0 * c_image], 2)
         torch.cat([z_t[:, :, :2], c_image[:, :, 2:]], 2)""",
     "switch": """
-        c_image if i >= tau else c_image_free | (c_image, c_image_free)[i < tau] | c_image * (i < tau)
+        c_image if i >= tau else c_image_free   | (c_image, c_image_free)[i < tau]
+        c_image * (i < tau)
         c_image if tau else c_image_free        | c_image + c_image_free""",
     "last_error": """
         referee(made).track[-1] - referee(truth).track[-1]
