@@ -1,4 +1,4 @@
-"""The figures measure what they say, on clips that are known; no network draws them."""
+"""The figures measure what they say, on clips that are known; no trained network draws them."""
 
 import sys
 from dataclasses import replace
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from reference import tiny_model
 
+from tinydance.model import Sample
 from tinydance.run.cli import run_main
 from tinydance.toy import measure
 from tinydance.toy.evaluate import render_all
@@ -17,9 +18,11 @@ from tinydance.toy.measure import average, sample_hidden
 from tinydance.toy.referee import referee
 from tinydance.toy.world import World, describe, parse, render
 from tinydance.vae import to_pixels
+from tinydance.weights.safetensors import save_safetensors
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks" / "pictures"))
 import figures
+import learning
 from figures import (
     LOOKS,
     find_nearest,
@@ -162,3 +165,52 @@ def test_the_nearest_training_clip_is_found(model, monkeypatch):
     monkeypatch.setattr(measure, "HIDDEN_SEED", 0)  # these clips were trained on: found, 0 off
     strip, line = find_nearest(model, clips=6, count=2)
     assert "0.0 from new true clips" in line and strip.width > 300
+
+
+# ------------------------------------------------------------------------------------ learning.py
+@pytest.fixture
+def sample():
+    frames = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16)).astype(np.uint8)
+    return Sample(torch.from_numpy(frames), "a red circle moves left", "noise")
+
+
+def test_a_network_that_knows_the_noise_guesses_the_same_clip_on_every_page(sample, monkeypatch):
+    model = tiny_model()
+    z_0 = model.vae.encode_video(to_pixels(sample.frames)[None])
+    asked = []
+
+    def ask(unet, z_t, t, c_text, conditions):
+        alpha_bar = model.schedule.alpha_bar[t]
+        asked.append(float(alpha_bar.sqrt()))
+        assert conditions["c_image"][0, 0].any() and not conditions["c_image"][0, 1:].any()
+        return (z_t - alpha_bar.sqrt() * z_0) / (1 - alpha_bar).sqrt()
+
+    monkeypatch.setattr(learning, "ask", ask)
+    pages = [np.asarray(page).astype(int) for page in learning.draw_guess(model, sample)]
+    assert asked == pytest.approx(learning.SIGNALS, abs=0.01)
+    half = len(pages[0]) // 2
+    below = [page[half + 20 :] for page in pages]
+    assert all(abs(page - below[0]).max() <= 2 for page in below)
+    assert abs(pages[0][:half] - pages[-1][:half]).max() > 20
+
+
+def test_models_and_checkpoints_stand_in_the_order_of_their_steps(sample, monkeypatch, tmp_path):
+    names = {10: "step_00000010", 9: "model_9", 200: "step_00000200"}
+    for steps, name in names.items():
+        tensor = torch.full((4,), float(steps))
+        save_safetensors({"ema.conv_out.bias": tensor}, tmp_path / name / "rank_0_of_1.safetensors")
+    (tmp_path / "notes").mkdir()
+    drawn = []
+
+    def sample_frames(model, prompts, first):
+        drawn.append(float(model.unet.conv_out.bias[0]))
+        return to_pixels(sample.frames)[None]
+
+    monkeypatch.setattr(learning, "sample_frames", sample_frames)
+    model = tiny_model()
+    picture = learning.draw_steps(model, tmp_path, sample)
+    assert drawn == [9, 10, 200] and picture.height > 4 * 96
+    model.save(tmp_path / "model_9")
+    assert learning.load_averages(model, tmp_path / "model_9") is not model
+    with pytest.raises(ValueError, match="no folder with a number of steps"):
+        learning.draw_steps(model, tmp_path / "notes", sample)

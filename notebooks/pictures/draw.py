@@ -62,9 +62,9 @@ def tile(x, y, side, what, edge=LIGHT):
     plt.gca().add_patch(Rectangle((x, y), side, side, fc="none", ec=edge, lw=width))
 
 
-def arrow(a, b, colour=INK):
+def arrow(a, b, colour=INK, bend="angle,angleA=0,angleB=90,rad=14"):
     """From a, across, and round a corner to b if that is not straight ahead."""
-    bend = "arc3" if a[0] == b[0] or a[1] == b[1] else "angle,angleA=0,angleB=90,rad=14"
+    bend = "arc3" if a[0] == b[0] or a[1] == b[1] else bend
     look = {"arrowstyle": "-|>,head_length=0.4,head_width=0.2", "connectionstyle": bend, "lw": 1.1}
     plt.annotate("", b, a, arrowprops=look | {"color": colour, "shrinkA": 0, "shrinkB": 0})
 
