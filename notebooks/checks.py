@@ -93,6 +93,10 @@ def obeys(yours: Callable) -> None:
     for name, known in words.items():  # one wrong word, each in its turn
         wrong = random.choice([word for word in known if word != said[name]])
         cases.append((cases[0][0], caption.replace(said[name], wrong, 1)))
+    change = f" {said.get('change', 'until a cut')}"  # one too many, or too few
+    cases.append(
+        (cases[0][0], caption.removesuffix(change) if "change" in said else caption + change)
+    )
 
     def only(*names):
         return lambda frames, caption: all(judge(frames, caption)[name] for name in names)
