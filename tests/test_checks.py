@@ -6,7 +6,6 @@ arguments, a statement, a function's neighbour. Where that gives too few, some a
 
 import ast
 import copy
-import math
 import random
 import re
 import sys
