@@ -72,9 +72,8 @@ def parse() -> Namespace:
     args, unknown = parser.parse_known_args()
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], vars(args))}")
-    for name in (
-        ("prompt", "prompts", *PICTURES, "sketch", "edit", "clips", "depth") if args.story else ()
-    ):
+    alone = "prompt", "prompts", *PICTURES, "sketch", "edit", "clips", "depth"
+    for name in alone if args.story else ():
         if vars(args)[name] != parser.get_default(name):
             raise ValueError(f"--story says what each shot is; leave out {name}")
     args.prompt = " ".join(args.prompt) if args.prompt else None  # whoever leaves out the quotes
@@ -154,32 +153,29 @@ def read_videos(args: Namespace, model: PixelDance) -> list[list[story.Shot]]:
     """The shots of every video. Raises ValueError for what does not fit together."""
     given = {name: vars(args)[name] for name in SETTINGS if vars(args)[name] is not None}
     settings = replace(model.settings, **given).check(model)  # before any picture is read
+    check_depth(args, model)
     if args.story:
         videos = [story.read_story(args.story, model, settings)]
     else:
-        videos = [[add_depth(shot, args, model)] for shot in read_shots(args, settings)]
+        videos = [[shot] for shot in read_shots(args, settings)]
+    if args.depth:
+        for [shot] in videos:
+            size = model.latent_size(shot.settings.height, shot.settings.width)
+            shot.pictures["depth"] = read_depth(args.depth, shot.settings, size)
     shots = list(itertools.chain(*videos))
     for note in dict.fromkeys(note for shot in shots for note in read_notes(shot, model)):
         print(f"note: {note}", file=sys.stderr)
     return videos
 
 
-def add_depth(shot: story.Shot, args: Namespace, model: PixelDance) -> story.Shot:
-    """The shot with --depth, where the model takes depth. Raises ValueError where one lacks."""
+def check_depth(args: Namespace, model: PixelDance) -> None:
     takes_depth = model.unet.config.in_channels > 2 * model.unet.config.out_channels
-    if takes_depth != bool(args.depth) or (args.depth and shot.clips > 1):
-        is_one = (
-            "leave out --clips, and give --frames" if takes_depth and args.depth else "use both"
-        )
-        raise ValueError(
-            f"--depth and a --model that takes it belong together, in one clip: {is_one}"
-        )
-    if not args.depth:
-        return shot
-    size = model.latent_size(shot.settings.height, shot.settings.width)
-    return replace(
-        shot, pictures=shot.pictures | {"depth": read_depth(args.depth, shot.settings, size)}
-    )
+    if args.depth and not takes_depth:
+        raise ValueError(f"{args.model} takes no --depth: see tinydance/variants/README.md")
+    if takes_depth and not args.depth:
+        raise ValueError(f"{args.model} takes the depth of every frame: give --depth VIDEO")
+    if args.depth and args.clips > 1:
+        raise ValueError("--depth is of one clip: leave out --clips, and give --frames")
 
 
 def read_notes(shot: story.Shot, model: PixelDance) -> Iterator[str]:

@@ -64,11 +64,8 @@ def main() -> None:
     if looks:
         pages.append(partial(videocrafter1.image_token_stage, args.variant, args.image_encoder))
     if is_deep:
-        pages.append(
-            partial(
-                make_your_video.depth_stage, args.variant, partial(WithDepth, folder=args.depth)
-            )
-        )
+        with_depth = partial(WithDepth, folder=args.depth)
+        pages.append(partial(make_your_video.depth_stage, args.variant, with_depth))
     if pages and (len(pages) > 1 or args.stage not in ("all", "video")):
         raise ValueError("--lora or --variant, one of them, is for the video stage alone")
     STAGES.update({"video": page for page in pages})

@@ -8,23 +8,12 @@ import ast
 import copy
 import random
 import re
-import sys
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-COURSE = Path(__file__).parent.parent / "notebooks"
-sys.path.insert(0, str(COURSE))
-try:
-    import checks
-    import run
-except ModuleNotFoundError as error:
-    if error.name.startswith("tinydance"):
-        raise
-    pytest.skip(f"{error}: pip install -e .[notebooks]", allow_module_level=True)
+from the_course import COURSE, checks, run
 
 
 def read_exercises():

@@ -6,28 +6,20 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from the_course import COURSE, course
 
 from tinydance.conditioning import make_conditions
 from tinydance.sampling import guided_denoiser
 from tinydance.schedulers import Schedule
 from tinydance.unet import UNetConfig, is_temporal
 
-COURSE = Path(__file__).parent.parent / "notebooks"
-sys.path[:0] = [str(COURSE), str(COURSE / "pictures")]
-try:
-    import course
-    import diagrams
-    from matplotlib import pyplot as plt
-except ModuleNotFoundError as error:
-    if error.name.startswith("tinydance"):
-        raise
-    pytest.skip(f"{error}: pip install -e .[notebooks]", allow_module_level=True)
+sys.path.insert(0, str(COURSE / "pictures"))
+import diagrams
 
 
 # -------------------------------------------------------------------------------------- diagrams
@@ -95,8 +87,8 @@ def test_a_chain_of_n_clips_has_1_plus_15_n_frames():
 @pytest.mark.parametrize("name", ["unet", "c_image", "tau_steps", "guidance", "chain"])
 def test_a_diagram_is_small_and_as_wide_as_a_page(name, monkeypatch, tmp_path):
     monkeypatch.setattr(diagrams, "HERE", tmp_path)
-    with plt.rc_context():
-        plt.rcdefaults()  # `course` sets its own
+    with course.plt.rc_context():
+        course.plt.rcdefaults()  # `course` sets its own
         getattr(diagrams, {"tau_steps": "draw_tau"}.get(name, f"draw_{name}"))()
     for file in (tmp_path / f"{name}.png", COURSE / "pictures" / f"{name}.png"):
         assert Image.open(file).width == 900 and file.stat().st_size < 60_000

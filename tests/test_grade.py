@@ -11,17 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from the_course import COURSE, grade, run
 
 ROOT = Path(__file__).parent.parent
-COURSE = ROOT / "notebooks"
-sys.path.insert(0, str(COURSE))
-try:
-    import grade
-    import run
-except ModuleNotFoundError as error:
-    if error.name.startswith("tinydance"):
-        raise
-    pytest.skip(f"{error}: pip install -e .[notebooks]", allow_module_level=True)
 
 HOMEWORK = sorted(COURSE.glob("homework/h*.ipynb"))
 each_homework = pytest.mark.parametrize("path", HOMEWORK, ids=lambda path: path.stem)

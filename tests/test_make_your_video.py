@@ -1,5 +1,6 @@
 """Depth for every frame, and attention that looks back so far: Make-Your-Video's way."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def folders(tmp_path, monkeypatch):
 def test_depth_is_read_at_the_times_of_the_frames(folders):
     config = make_config("toy", data="clips", frames=4, height=16, width=16, held_out=0)
     source = WithDepth(open_source(config), "depth", (4, 4))
+    source = pickle.loads(pickle.dumps(source))  # as worker processes get it, on a Mac
     begins = set()
     for n in range(6):
         frames, _, _, _, instructions = source.sample(n)
@@ -187,8 +189,9 @@ def test_a_folder_is_converted_trained_saved_loaded_and_sampled(folders, monkeyp
         (train, "--variant depth --stage vae", "is for the video stage alone"),
         (train, "--variant depth --lora 4", "one of them, is for the video stage"),
         (train, "--variant depth --data clips", "depth is ''; give the folder"),
-        (sample, "red --depth depth/a.mp4", "belong together, in one clip: use both"),
-        (sample, "red --model deep", "belong together, in one clip: use both"),
+        (sample, "red --depth depth/a.mp4", "takes no --depth"),
+        (sample, "red --model deep", "give --depth VIDEO"),
+        (sample, "--story story.toml --model deep", "give --depth VIDEO"),
         (sample, "red --model deep --depth depth/a.mp4 --clips 2", "--frames"),
         (sample, "red --model deep --depth nowhere.mp4", "nowhere.mp4: missing"),
     ],

@@ -11,17 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from the_course import COURSE, course, run
 
 ROOT = Path(__file__).parent.parent
-COURSE = ROOT / "notebooks"
-sys.path.insert(0, str(COURSE))
-try:
-    import course
-    import run
-except ModuleNotFoundError as error:
-    if error.name.startswith("tinydance"):
-        raise
-    pytest.skip(f"{error}: pip install -e .[notebooks]", allow_module_level=True)
 
 NOTEBOOKS = sorted(COURSE.glob("[0-9]*.ipynb"))
 SAVED = {path.stem: run.read(path) for path in NOTEBOOKS}

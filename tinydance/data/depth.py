@@ -5,8 +5,11 @@ a folder of its own, made by any estimator: grey, light is near, as long as the 
 Not here: such an estimator.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from tinydance.data.cache import find_caches
 from tinydance.data.open import Source
-from tinydance.data.rows import Video
+from tinydance.data.rows import Row
 from tinydance.model import Sample
 from tinydance.toy.source import ToyWorld
 from tinydance.toy.world import render_depth, sample_scene
@@ -42,7 +45,8 @@ class WithDepth:
         if not self.is_toy and not (self.folder and Path(self.folder).is_dir()):
             raise ValueError(f"depth is {self.folder!r}; give the folder of your videos' depth")
         for leaf in leaves if not self.is_toy else ():
-            leaf.rows.kind = beside(leaf.rows.kind, Path(self.folder))
+            if not isinstance(leaf.rows.kind, partial):  # held-out clips are of the same index
+                leaf.rows.kind = partial(make_deep_row, leaf.rows.kind, Path(self.folder))
 
     def sample(self, n: int, kind: str = "clip") -> Sample:
         sample = self.source.sample(n, kind)
@@ -58,28 +62,33 @@ class WithDepth:
         return self.source.leaves()
 
 
-def beside(kind: type[Video], folder: Path) -> type[Video]:
-    """The kind of rows that read a clip and behind its channels the depth: uint8 (f, 6, H, W)."""
-    if hasattr(kind, "depth"):
-        return kind
+class DeepRow(NamedTuple):
+    """A row that reads its clip and, behind its channels, the depth: uint8 (f, 6, H, W)."""
 
-    class Both(kind):
-        depth = folder
+    row: Row
+    depth: Row  # of the same name, in the folder of depth
 
-        def read(self, choose_start, frames, fps, size, at) -> Tensor:
-            chosen = []
+    name = property(lambda self: self.row.name)
+    caption = property(lambda self: self.row.caption)
 
-            def remember(seconds: float) -> float:
-                chosen.append(choose_start(seconds))
-                return chosen[0]
+    def read(self, choose_start: Callable[[float], float], *given) -> Tensor:
+        chosen = []
 
-            pixels = super().read(remember, frames, fps, size, at)
-            other = kind(self.name, self.depth, start=self.start, end=self.end)
-            return torch.cat([pixels, other.read(lambda _: chosen[0], frames, fps, size, at)], 1)
+        def remember(seconds: float) -> float:
+            chosen.append(choose_start(seconds))
+            return chosen[0]
 
-    return Both
+        pixels = self.row.read(remember, *given)
+        return torch.cat([pixels, self.depth.read(lambda _: chosen[0], *given)], dim=1)
 
 
+def make_deep_row(kind: type[Row], folder: Path, *given, **more) -> DeepRow:
+    """What an index makes in place of `kind`; a function, so that workers can be sent it."""
+    row = kind(*given, **more)
+    return DeepRow(row, kind(row.name, folder, start=row.start, end=row.end))
+
+
+@lru_cache(1)  # many videos may have one depth
 def read_depth(path: str, settings, size: tuple[int, int]) -> Tensor:
     """The depth of a clip that is to be made, (f, 1, h, w), from a video. Raises ValueError."""
     try:
