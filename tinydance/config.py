@@ -80,6 +80,7 @@ class Config:
         Schedule.timestep_spacing, "trailing begins at the purest noise [ours: paper silent; SD]"
     )
     steps: int = free(Settings.steps, "of sampling [ours: paper silent; ModelScope]", low=1)
+    sampler: Literal["ddim", "ddpm", "dpm"] = free(Settings.sampler, "[ours: paper silent]")
     guidance: float = free(
         Settings.guidance, "of sampling; 1 is off [ours: paper silent; DynamiCrafter]"
     )
@@ -159,8 +160,9 @@ TABLE = {
     "prediction_type":  ("epsilon",       "epsilon",                "v_prediction",  "v_prediction"),
     "timestep_spacing": ("leading",       "leading",                "trailing",      "trailing"),
     "steps":            (50,              50,                       50,              16),
-    "guidance":         (7.5,             7.5,                      7.5,             2.0),
-    "tau":              (0.5,             0.5,                      0.5,             0.6),  # (3)
+    "sampler":          ("ddim",          "ddim",                   "ddim",          "dpm"),
+    "guidance":         (7.5,             7.5,                      7.5,             4.0),
+    "tau":              (0.5,             0.5,                      0.5,             0.75),  # (3)
     "eta":              (0.25,            0.25,                     0.25,            0.6),  # (4)
     "cond_noise_t":     (100,             100,                      100,             10),  # (5)
     "batch":            (192,             192,                      16,              8),
