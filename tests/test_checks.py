@@ -211,6 +211,7 @@ RIGHT = {  # changed, and right all the same: a piece of the changed line, and w
     "end_error": {
         "referee(truth).end - ": "a distance is the same from either end",
         "/ truth.shape[-1]": "both clips have one width",
+        "made.shape[-2]": "toy clips are square",
         "else 100 * off": "numpy's number is a number",
     },
     "sample_ids": {"return range(": "it holds the same numbers as the list"},
