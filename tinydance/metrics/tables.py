@@ -114,9 +114,7 @@ class Ruler:
         return frechet_distance(self.real[name].flatten(0, -2), made.flatten(0, -2))
 
 
-Row = tuple[
-    str, dict[str, tuple[float, float]], np.ndarray
-]  # label, figure -> (it, its bar), clips
+Row = tuple[str, dict[str, tuple[float, float]], np.ndarray]  # label, figures with bars, clips
 
 
 def measure_lines(lines: list[Line], args, ruler: Ruler) -> Iterator[Row]:
