@@ -143,8 +143,8 @@ def page(k, made):
 
     def show(x, y, pixels, side, edge):
         pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), edge)
-        way = Image.Resampling.BICUBIC if side % len(pixels) else Image.Resampling.NEAREST
-        image.paste(Image.fromarray(pixels).resize((side, side), way), (x, y))
+        picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+        image.paste(picture, (x, y))
 
     for x, (caption, first, last, frames) in zip((22, 322, 622), made):
         pen.text((x + 128, 30), fill(f"“{caption}”", 26), INK, large, "mm", align="center")
@@ -163,7 +163,7 @@ if __name__ == "__main__":
     made = clips()
     architecture(*made[2])  # of the three the one that goes farthest
     pages = [page(k, made) for k in range(16)]
-    palette = Image.fromarray(np.concatenate(pages)).quantize(250)
+    palette = Image.fromarray(np.concatenate(pages)).quantize(250, kmeans=3)
     exact = [ImageColor.getrgb(colour) for colour in (WHITE, LIGHT, GREY, INK, BLUE, ORANGE)]
     palette.putpalette(palette.getpalette()[:750] + list(np.ravel(exact)))
     pages = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in pages]

@@ -220,7 +220,9 @@ def main() -> None:
         names = [name.strip() for name in args.rows.split(";")] if args.rows else None
         rows = check_rows(model, names)
         records = evaluate(model, args.clips, rows, args.seed, **changes)
-        print(format_records(list(progress(records, "evaluating", "clip"))))
+        total = args.clips * (2 if model.settings.frames > 1 else 1)  # the ceiling and the cheat
+        total += sum(max(1, args.clips // ROWS[name].links) for name in rows)
+        print(format_records(list(progress(records, "evaluating", "clip", total))))
 
 
 if __name__ == "__main__":
