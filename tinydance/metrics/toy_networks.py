@@ -75,10 +75,14 @@ def list_names(scene: Scene) -> list[int]:
     return [names.index(name) for names, name in zip(NAMED, said)]
 
 
-def train(of_clips: bool, steps: int, size: int = 32) -> tuple[ToyNetwork, list[float]]:
-    """A network, and the share of right names in the last tenth of its steps, on new clips."""
+def train(steps: int, of_frames: ToyNetwork | None = None) -> tuple[ToyNetwork, list[float]]:
+    """A network of frames, or of clips, which sees with the given one's layers to begin with; and
+    the share of right names in the last tenth of its steps, on new clips."""
+    of_clips, size = of_frames is not None, 32
     torch.manual_seed(generator("toy network", int(of_clips)).initial_seed())
     network, hits = ToyNetwork(of_clips), []
+    if of_clips:
+        network.space.load_state_dict(of_frames.space.state_dict())
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for n in progress(range(steps), f"toy_{'clips' if of_clips else 'frames'}", "step"):
@@ -95,11 +99,12 @@ def train(of_clips: bool, steps: int, size: int = 32) -> tuple[ToyNetwork, list[
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3000, help="of each; default: 3000")
+    parser.add_argument("--steps", type=int, default=4000, help="on clips; four times on frames")
     parser.add_argument("--out", default=CLIPS.parent, help="folder; default: beside this file")
     args = parser.parse_args()
-    for path, of_clips in ((CLIPS, True), (FRAMES, False)):
-        network, right = train(of_clips, args.steps)
+    network = None  # that of frames first: the other sees with its layers
+    for path, steps in ((FRAMES, 4 * args.steps), (CLIPS, args.steps)):
+        network, right = train(steps, network)
         with warnings.catch_warnings():  # torch calls TorchScript old; the field's files are such
             warnings.simplefilter("ignore")
             torch.jit.script(network).save(Path(args.out) / path.name)
