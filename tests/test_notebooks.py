@@ -76,7 +76,7 @@ def test_without_the_package_the_first_cell_says_what_to_install(monkeypatch, ca
 @each_notebook
 def test_it_is_small_and_has_exercises_in_pairs_with_their_checks(name):
     notebook = SAVED[name]
-    assert (COURSE / f"{name}.ipynb").stat().st_size < 1_000_000
+    assert (COURSE / f"{name}.ipynb").stat().st_size < 2_500_000
     assert len(notebook.cells) <= 60
     for cell in cells(notebook, "code"):
         assert len(cell.source.splitlines()) <= 30, cell.source
