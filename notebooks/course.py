@@ -19,7 +19,7 @@ from struct import pack
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Image, Markdown
+from IPython.display import Image, Markdown, display
 from PIL import Image as Picture
 from torch import Tensor
 
@@ -134,6 +134,14 @@ def find_line(lines: list[str], words: str, begin: int) -> int:
         if words in lines[number]:
             return number
     raise ValueError(f"no line has {words!r} any more")
+
+
+def show(alt: str) -> None:
+    """Show the figure that was just drawn. alt: what it shows, in words, as for a clip."""
+    file = io.BytesIO()
+    plt.savefig(file, format="png", bbox_inches="tight")
+    plt.close()
+    display(Image(file.getvalue(), alt=alt))
 
 
 def tiles(x: Tensor, title: str, axes=None) -> None:
