@@ -28,8 +28,6 @@ from tinydance.video.strips import film_strip
 
 FAST = os.environ.get("TINYDANCE_FAST") == "1"  # the tests' switch: smaller numbers, same cells
 PACKAGE = Path(tinydance.__file__).parent
-# Pillow's default gives all 256 colours to the sky, and a small yellow object turns red.
-OCTREE = Picture.Quantize.FASTOCTREE
 PLAYER = (Path(__file__).parent / "player.js").read_text(encoding="utf-8")
 
 plt.rcParams.update(
@@ -82,7 +80,7 @@ def animate(clip: Tensor, fps: float) -> bytes:
     """A clip, uint8 (f, 3, H, W), as an animated PNG of 256 colours, every frame in full."""
     f, _, height, width = clip.shape
     tall = Picture.fromarray(clip.permute(0, 2, 3, 1).flatten(0, 1).numpy())  # (f H) W 3
-    tall = tall.quantize(256, OCTREE, dither=Picture.Dither.NONE)
+    tall = limit_colours(tall)
     rows = np.asarray(tall).reshape(f, height, width)
     rows = np.pad(rows, ((0, 0), (0, 0), (1, 0)))  # before each row its filter: 0, none
 
@@ -113,9 +111,16 @@ def strip(
     """
     clips, file = [torch.as_tensor(clip) for clip in clips], io.BytesIO()
     picture = film_strip(clips, captions, every, **({"scale": 1} | given))
-    picture.quantize(256, OCTREE).save(file, "PNG")
+    limit_colours(picture).save(file, "PNG")
     alt = alt or "a film strip" + (f": {'; '.join(captions)}" if captions else "")
     return Image(file.getvalue(), alt=alt)
+
+
+def limit_colours(picture: Picture.Image) -> Picture.Image:
+    """With 256 colours. Pillow's default gives them all to the sky, and a small yellow object turns
+    red; an octree keeps it, and the sky gets stripes."""
+    coverage, no_dither = Picture.Quantize.MAXCOVERAGE, Picture.Dither.NONE
+    return picture.quantize(256, coverage, kmeans=1, dither=no_dither)
 
 
 def code(thing, first: str = "", last: str = "") -> Markdown:
