@@ -7,8 +7,10 @@ clip or a frame shows. A feature is their last layer but one. The files are Torc
 as the field's are (`detectors.py`), so one code measures toy clips and real ones.
 """
 
+import io
 import warnings
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -97,6 +99,17 @@ def train(steps: int, of_frames: ToyNetwork | None = None) -> tuple[ToyNetwork, 
     return network.eval(), np.mean(hits[-max(1, steps // 10) :], axis=0).round(3).tolist()
 
 
+def save(network: ToyNetwork, path: Path) -> None:
+    """As TorchScript, without its debug files, which name folders of this machine."""
+    with warnings.catch_warnings():  # torch calls TorchScript old; the field's files are such
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(network), whole := io.BytesIO())
+    with ZipFile(whole) as source, ZipFile(path, "w") as target:
+        for item in source.infolist():
+            if not item.filename.endswith(".debug_pkl"):
+                target.writestr(item, source.read(item))
+
+
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4000, help="on clips; four times on frames")
@@ -105,9 +118,7 @@ def main() -> None:
     network = None  # that of frames first: the other sees with its layers
     for path, steps in ((FRAMES, 4 * args.steps), (CLIPS, args.steps)):
         network, right = train(steps, network)
-        with warnings.catch_warnings():  # torch calls TorchScript old; the field's files are such
-            warnings.simplefilter("ignore")
-            torch.jit.script(network).save(Path(args.out) / path.name)
+        save(network, Path(args.out) / path.name)
         names = ("colour", "shape", "background", "motion", "change")
         print(f"{path.name}: right in " + ", ".join(f"{n} {r}" for n, r in zip(names, right)))
 
