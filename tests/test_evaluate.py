@@ -156,7 +156,7 @@ def test_an_end_that_the_words_do_not_say_is_far_from_the_one_they_do():
 def test_a_chain_goes_on_in_a_direction_with_room_and_with_the_same_looks():
     rng = np.random.default_rng(0)
     for scene in sample_hidden(0, 150):
-        said = go_on(describe(scene), render(keep_looks(scene), SMALL, slice(-1, None)), rng)
+        said = go_on(describe(scene), render(keep_looks(scene), pick=slice(-1, None)), rng)
         was, now = parse(describe(scene)), parse(said)
         motion = now.pop("motion")
         was.pop("motion"), was.pop("change", None)

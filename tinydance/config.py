@@ -143,7 +143,7 @@ class Config:
 
 # What differs from the paper's run. paper-hd goes on from a `paper` run at a higher resolution
 # [paper §4.1], of which 320x512 is ours; small, 104M parameters for one consumer GPU with SD 2.1's
-# VAE and text tower, and toy, for two cores and 80 minutes, are ours.
+# VAE and text tower, and toy, for two cores and three hours, are ours.
 COLUMNS = ("paper", "paper-hd", "small", "toy")
 TABLE = {
     "out":              ("runs/paper",    "runs/paper-hd",          "runs/small",    "runs/toy"),

@@ -192,8 +192,8 @@ def format_records(records: list[dict]) -> str:
         cells = (format_cell(column, figures.get(column)) for column in COLUMNS)
         rows.append([name, str(len(group)), *cells])
         right = {m: [r["motion"] for r in group if r.get("asked") == m] for m in MOTIONS}
-        shares = (f"{m} {100 * np.mean(x):.0f}" for m, x in right.items() if x)
-        notes += [f"{name}, motion by motion: {', '.join(shares)}"]
+        shares = [f"{m} {100 * np.mean(x):.0f}" for m, x in right.items() if x]
+        notes += [f"{name}, motion by motion: {', '.join(shares)}"] if shares else []
     return "\n".join([measure.format_table(["instruction", "clips", *COLUMNS], rows), *notes])
 
 
