@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from compare import compare
 from torch import Tensor
@@ -23,9 +24,11 @@ from tinydance.config import make_config
 from tinydance.data.batches import batches
 from tinydance.model import Settings, tau_in_steps
 from tinydance.schedulers import Schedule
+from tinydance.toy import evaluate
+from tinydance.toy.paint import BACKGROUNDS, COLOURS, SHAPES
 from tinydance.toy.referee import judge, referee
 from tinydance.toy.source import ToyWorld
-from tinydance.toy.world import World, captions, make_clip, parse, reverse_motion
+from tinydance.toy.world import MOTIONS, World, make_clip, parse, reverse_motion
 from tinydance.training import Batch
 from tinydance.video import strips
 from tinydance.weights.safetensors import load_safetensors, save_safetensors
@@ -58,7 +61,7 @@ def to_frames(yours: Callable) -> None:
 
 
 def compression(yours: Callable) -> None:
-    cases = [(32, 32, 4, 4), (256, 256, 8, 5), (320, 512, 8, 16)]
+    cases = [(64, 64, 8, 8), (256, 256, 8, 5), (320, 512, 8, 16)]
 
     def right(height, width, stride, channels):
         return 3 * height * width / (channels * height * width / stride**2)
@@ -76,22 +79,24 @@ def compression(yours: Callable) -> None:
 
 
 def obeys(yours: Callable) -> None:
-    read = {caption: parse(caption) for caption in captions()}
-    names = {name for mentioned in read.values() for name in mentioned}
+    words = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "background": BACKGROUNDS}
 
     def right(frames, caption):
         return all(judge(frames, caption).values())
 
-    while True:  # until a clip whose caption mentions everything
+    while True:  # until a clip whose caption mentions all of these
         frames, caption = make_clip(seed=random.randrange(10**6), index=0)
-        if parse(caption).keys() == names and right(frames, caption):
+        said = parse(caption)
+        if said.keys() >= words.keys() and right(frames, caption):
             break
     cases = [(torch.from_numpy(frames), caption)]
-    for name in sorted(names):  # one wrong word, each in its turn
-        rest = {key: word for key, word in read[caption].items() if key != name}
-        others = [c for c in read if rest.items() <= read[c].items() and name in read[c]]
-        others.remove(caption)
-        cases.append((cases[0][0], random.choice(others)))
+    for name, known in words.items():  # one wrong word, each in its turn
+        wrong = random.choice([word for word in known if word != said[name]])
+        cases.append((cases[0][0], caption.replace(said[name], wrong, 1)))
+    change = f" {said.get('change', 'until a cut')}"  # one too many, or too few
+    cases.append(
+        (cases[0][0], caption.removesuffix(change) if "change" in said else caption + change)
+    )
 
     def only(*names):
         return lambda frames, caption: all(judge(frames, caption)[name] for name in names)
@@ -100,10 +105,10 @@ def obeys(yours: Callable) -> None:
         "one wrong word is enough to disobey: `all` of them must be right": (
             lambda frames, caption: any(judge(frames, caption).values())
         ),
-        "`judge` answers one verdict for each word; join them": judge,
+        "`judge` answers with a verdict on each thing; join them": judge,
     }
-    for name in names:
-        mistakes[f"the {name} counts too"] = only(*names - {name})
+    for name in words:
+        mistakes[f"the {name} counts too"] = only(*said.keys() - {name})
         mistakes[f"not the {name} alone: all that the caption mentions"] = only(name)
     compare(yours, right, cases, mistakes)
 
@@ -978,38 +983,50 @@ def paired(yours: Callable) -> None:
     compare(yours, right, cases, mistakes)
 
 
-def last_error(yours: Callable) -> None:
-    def ends(made, truth, index=-1):
-        return (referee(frames).track[index] for frames in (made, truth))
-
+def end_error(yours: Callable) -> None:
     def right(made, truth):
-        a, b = ends(made, truth)
-        return math.dist(a, b)
+        made, truth = np.asarray(made), np.asarray(truth)
+        return evaluate.judge("", made, "a red circle moves up", truth)["end"]
 
-    seed = random.randrange(10**6)
-    clips = [torch.from_numpy(make_clip(seed, n)[0]) for n in range(3)]
+    def percent(made, truth, frame=-1, gone=1.0, distance=math.dist):
+        a, b = (referee(clip).track[frame] for clip in (made, truth))
+        off = distance(a, b) / made.shape[-1]
+        return 100 * (gone if math.isnan(off) else off)
+
+    seed, clips = random.randrange(10**6), []
+    while len(clips) < 2:
+        clip = make_clip(seed, len(clips))[0]
+        seed, is_seen = seed + 1, not np.isnan(referee(clip).track).any()
+        clips += [torch.from_numpy(clip)] * is_seen
+    cases = [(clips[0], clips[1]), (torch.full_like(clips[0], 128), clips[1])]
     mistakes = {
-        "this is the first frame's": lambda a, b: math.dist(*ends(a, b, 0)),
-        "a square root is missing": lambda a, b: right(a, b) ** 2,
-        "the distance of two places, not the sum over x and y": (
-            lambda a, b: float(sum(abs(x - y) for x, y in zip(*ends(a, b))))
+        "this is where it begins": lambda a, b: percent(a, b, frame=0),
+        "these are pixels: divide by the width": lambda a, b: right(a, b) * a.shape[-1] / 100,
+        "this is a share; in percent it is 100 times as much": lambda a, b: right(a, b) / 100,
+        "a square root is missing": (
+            lambda a, b: percent(a, b, distance=lambda p, q: math.dist(p, q) ** 2)
         ),
-        "this averages over all frames; the last one is asked for": (
-            lambda a, b: sum(math.dist(*ends(a, b, k)) for k in range(len(a))) / len(a)
+        "the distance of two places, not the sum over x and y": (
+            lambda a, b: percent(a, b, distance=lambda p, q: float(np.abs(p - q).sum()))
+        ),
+        "a clip without an object is a whole width off, and not right": (
+            lambda a, b: percent(a, b, gone=0.0)
         ),
     }
-    cases = [(clips[0], clips[1]), (clips[1], clips[2])]
     compare(yours, right, cases, mistakes)
 
 
 def way_back(yours: Callable) -> None:
-    by_motion = {}
-    for caption in random.sample(captions(), len(captions())):
+    seed, by_motion = random.randrange(10**6), {}
+    while len(by_motion) < len(MOTIONS):
+        caption = make_clip(seed, len(by_motion), pick=slice(1))[1]
+        seed += parse(caption)["motion"] in by_motion
         by_motion.setdefault(parse(caption)["motion"], caption)
     cases = [(caption,) for caption in by_motion.values()]  # every motion once
+    cases.append(("a red circle moves up at night until a cut",))
     mistakes = {
         "the motion is the same as before": lambda caption: caption,
-        "only the motion changes: keep the background": (
+        "only the motion changes: keep what stands behind it": (
             lambda caption: reverse_motion(
                 " ".join(caption.split()[:3]) + " " + parse(caption)["motion"]
             )

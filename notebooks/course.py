@@ -19,7 +19,7 @@ from struct import pack
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Image, Markdown
+from IPython.display import Image, Markdown, display
 from PIL import Image as Picture
 from torch import Tensor
 
@@ -47,7 +47,7 @@ plt.rcParams.update(
 )
 
 
-def play(*clips, fps: float = 4, scale: int = 4, alt: str = "") -> "Player":
+def play(*clips, fps: float = 4, scale: int = 2, alt: str = "") -> "Player":
     """Clips, uint8 (f, 3, H, W), side by side and moving, each pixel `scale` pixels wide.
 
     alt: what they show, in words, for who cannot see them.
@@ -80,7 +80,7 @@ def animate(clip: Tensor, fps: float) -> bytes:
     """A clip, uint8 (f, 3, H, W), as an animated PNG of 256 colours, every frame in full."""
     f, _, height, width = clip.shape
     tall = Picture.fromarray(clip.permute(0, 2, 3, 1).flatten(0, 1).numpy())  # (f H) W 3
-    tall = tall.quantize(256, dither=Picture.Dither.NONE)
+    tall = limit_colours(tall)
     rows = np.asarray(tall).reshape(f, height, width)
     rows = np.pad(rows, ((0, 0), (0, 0), (1, 0)))  # before each row its filter: 0, none
 
@@ -110,9 +110,17 @@ def strip(
     alt: what it shows, in words; by default its captions.
     """
     clips, file = [torch.as_tensor(clip) for clip in clips], io.BytesIO()
-    film_strip(clips, captions, every, **({"scale": 2} | given)).quantize(256).save(file, "PNG")
+    picture = film_strip(clips, captions, every, **({"scale": 1} | given))
+    limit_colours(picture).save(file, "PNG")
     alt = alt or "a film strip" + (f": {'; '.join(captions)}" if captions else "")
     return Image(file.getvalue(), alt=alt)
+
+
+def limit_colours(picture: Picture.Image) -> Picture.Image:
+    """With 256 colours. Pillow's default gives them all to the sky, and a small yellow object turns
+    red; an octree keeps it, and the sky gets stripes."""
+    coverage, no_dither = Picture.Quantize.MAXCOVERAGE, Picture.Dither.NONE
+    return picture.quantize(256, coverage, kmeans=1, dither=no_dither)
 
 
 def code(thing, first: str = "", last: str = "") -> Markdown:
@@ -134,6 +142,14 @@ def find_line(lines: list[str], words: str, begin: int) -> int:
         if words in lines[number]:
             return number
     raise ValueError(f"no line has {words!r} any more")
+
+
+def show(alt: str) -> None:
+    """Show the figure that was just drawn. alt: what it shows, in words, as for a clip."""
+    file = io.BytesIO()
+    plt.savefig(file, format="png", bbox_inches="tight")
+    plt.close()
+    display(Image(file.getvalue(), alt=alt))
 
 
 def tiles(x: Tensor, title: str, axes=None) -> None:

@@ -6,7 +6,6 @@ arguments, a statement, a function's neighbour. Where that gives too few, some a
 
 import ast
 import copy
-import math
 import random
 import re
 from itertools import cycle
@@ -156,7 +155,7 @@ BY_HAND = {  # bodies, where a solution is too short to be changed in 20 ways
         c_image if i >= tau else c_image_free   | (c_image, c_image_free)[i < tau]
         c_image * (i < tau)
         c_image if tau else c_image_free        | c_image + c_image_free""",
-    "last_error": """
+    "end_error": """
         referee(made).track[-1] - referee(truth).track[-1]
         np.linalg.norm(referee(made).track - referee(truth).track)
         abs(referee(made).track[-1] - referee(truth).track[-1]).sum()
@@ -209,9 +208,11 @@ RIGHT = {  # changed, and right all the same: a piece of the changed line, and w
         ", difference.std()": "a tensor of one number is a number",
         "len(b)": "a and b are of one length",
     },
-    "last_error": {
-        "return np.linalg.norm(": "numpy's number is a number",
-        "referee(truth).track[-1] - ": "a distance is the same from either end",
+    "end_error": {
+        "referee(truth).end - ": "a distance is the same from either end",
+        "/ truth.shape[-1]": "both clips have one width",
+        "made.shape[-2]": "toy clips are square",
+        "else 100 * off": "numpy's number is a number",
     },
     "sample_ids": {"return range(": "it holds the same numbers as the list"},
 }
@@ -268,7 +269,12 @@ OTHER_FORMS = [
     ("alpha_bar", lambda *given: (1 - betas(*given)).cumprod(0).tolist()),
     ("obeys", lambda frames, caption: bool(min(checks.judge(frames.numpy(), caption).values()))),
     ("obeys", lambda frames, caption: np.all([*checks.judge(frames, caption).values()])),
-    ("last_error", lambda a, b: math.dist(*(checks.referee(x.numpy()).track[-1] for x in (a, b)))),
+    (
+        "end_error",
+        lambda a, b: float(
+            checks.evaluate.judge("", a.numpy(), "a red circle moves up", b.numpy())["end"]
+        ),
+    ),
     ("temporal_conv_count", lambda dim: 4.0 * (3 * dim + 3 * dim**2)),
     ("compression", lambda h, w, stride, channels: torch.tensor(3 * stride**2 / channels)),
     ("clips", lambda frames, f: np.ceil((frames - 1) / (f - 1))),

@@ -115,9 +115,9 @@ def test_a_clip_is_shown_in_three_forms_with_its_words_escaped():
     words = 'a "red" circle & <script>alert(1)</script>'
     shown, about = course.play(clip(6), alt=words)._repr_mimebundle_()
     assert set(shown) == {"text/html", "image/png", "text/plain"} and shown["text/plain"] == words
-    assert about["image/png"] == {"width": 28, "alt": words}
+    assert about["image/png"] == {"width": 14, "alt": words}
     [(tag, given)] = read_tags(shown["text/html"])
-    assert tag == "img" and given["alt"] == words and given["width"] == "28"
+    assert tag == "img" and given["alt"] == words and given["width"] == "14"
     assert given["src"] == f"data:image/png;base64,{shown['image/png']}"
     assert given["onload"] == f"({course.PLAYER})(this, 4)" and "http" not in course.PLAYER
 

@@ -106,7 +106,7 @@ def test_a_room_has_a_manual_and_one_door_that_names_at_most_eight_things():
 def test_the_house_stays_small():
     lines = {path: count_lines(path)[0] for path in FILES}
     sizes = {str(path.relative_to(ROOT)): count for path, count in lines.items()}
-    limits = {name: 300 for name in sizes} | {"everything": 8500}
+    limits = {name: 300 for name in sizes} | {"everything": 9100}
     limits |= {"tinydance/unet.py": 500, "tinydance/clip.py": 350}
     for room in {*ROOM.values()}:
         sizes[room] = sum(count for path, count in lines.items() if ROOM[path] == room)

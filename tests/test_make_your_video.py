@@ -15,6 +15,7 @@ import train
 from tinydance.config import make_config
 from tinydance.data.depth import WithDepth, read_depth
 from tinydance.data.open import open_source
+from tinydance.toy.evaluate import keep_looks
 from tinydance.toy.source import ToyWorld
 from tinydance.toy.world import World, render, render_depth, sample_scene
 from tinydance.unet import Attention, is_temporal
@@ -86,13 +87,14 @@ def test_what_was_frozen_is():
 # ----------------------------------------------------------------------------------------- the data
 def test_the_toy_world_renders_its_depth():
     """The object is nearer than the ground, the ground than the sky, and lower ground is nearer."""
-    scene = sample_scene(np.random.default_rng([0, 3]))
+    scene = keep_looks(sample_scene(np.random.default_rng([0, 3])))
     depth, frames = render_depth(scene, World()), render(scene, World())
-    assert depth.shape == (16, 1, 32, 32) == (16, 1, *frames.shape[2:]) and depth.dtype == "float32"
+    assert depth.shape == (16, 1, 64, 64) == (16, 1, *frames.shape[2:]) and depth.dtype == "float32"
     assert depth.min() == -1 and depth.max() <= 1
     left = depth[0, 0, :, 0]  # where no object is
     assert (np.diff(left) >= 0).all() and left[0] == -1 and -0.1 < left[-1] <= 0
-    empty = render(replace(scene, radius=1e-3), World())
+    gone = replace(scene.mover, radius=1e-3)
+    empty = render(replace(scene, mover=gone, end=gone), World())
     is_object = np.abs(frames.astype(int) - empty).max(1) > 60
     assert depth[:, 0][is_object].mean() > 0.8 and depth[:, 0][~is_object].mean() < -0.5
 
@@ -101,7 +103,7 @@ def test_samples_of_the_toy_world_come_with_their_depth():
     source = WithDepth(ToyWorld(seed=4), "", (8, 8))
     clip, first = source.sample(5), source.sample(5, "first")
     scene = sample_scene(np.random.default_rng([4, 5]))
-    exact = torch.from_numpy(render_depth(scene)).unflatten(-1, (8, 4)).unflatten(-3, (8, 4))
+    exact = torch.from_numpy(render_depth(scene)).unflatten(-1, (8, 8)).unflatten(-3, (8, 8))
     assert difference(clip.instructions["depth"], exact.mean((-1, -3))) < 1e-6
     assert torch.equal(first.instructions["depth"], clip.instructions["depth"][:1])
     assert torch.equal(clip.frames, ToyWorld(seed=4).sample(5).frames)

@@ -13,7 +13,7 @@ from reference import HERE, Means, difference, formula_weight, golden
 
 from tinydance.clip import ImageConfig, Tokenizer
 from tinydance.metrics import CLIP, Detector, clip_similarity, frechet_distance, inception_score
-from tinydance.metrics.distances import bootstrap
+from tinydance.toy.measure import bootstrap
 from tinydance.weights.files import write_json
 from tinydance.weights.safetensors import save_safetensors
 

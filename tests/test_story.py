@@ -21,7 +21,7 @@ from tinydance.model import Batch, PixelDance
 from tinydance.run.cli import run_main
 from tinydance.sampling import chain, encode_picture, sample_latents
 from tinydance.toy import SHIPPED
-from tinydance.toy.world import parse
+from tinydance.toy.world import CHANGES, MOTIONS, NIGHT, parse
 from tinydance.training import DiffusionLoss
 from tinydance.vae import to_pixels
 from tinydance.video import story
@@ -201,9 +201,17 @@ def test_the_shipped_story_lasts_three_minutes_in_the_toy_worlds_words():
     shots = read_story(SHIPPED.parent / "stories" / "a_day.toml", model)
     frames = sum(16 * s.cut + 15 * (s.clips - s.cut) for s in shots)
     assert 170 < frames / 4 < 190
-    for shot in shots:
-        assert set(parse(shot.prompt)) == {"colour", "shape", "motion", "background"}
+    said = [parse(shot.prompt) for shot in shots]
+    assert all({"colour", "shape", "motion", "background"} <= set(words) for words in said)
+    assert {words["motion"] for words in said} == set(MOTIONS) and any("other" in x for x in said)
+    assert {words.get("change", "") for words in said} == {"", *CHANGES}
     assert len({shot.settings.seed for shot in shots}) == len(shots)
+    for before, after, shot in zip(said, said[1:], shots[1:]):
+        if not shot.cut:  # then it goes on with what the one before ended in, as far as is known
+            assert before.get("change", NIGHT) == NIGHT, shot.prompt
+            ends = before | ({"background": "at night"} if "change" in before else {})
+            looks = ("colour", "shape", "other", "background")
+            assert all(ends.get(name) == after.get(name) for name in looks), shot.prompt
 
 
 # ------------------------------------------------------------------------------------ interruptions

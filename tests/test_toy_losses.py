@@ -50,17 +50,12 @@ def test_whitened_latents_are_even_and_give_the_same_pictures(tmp_path):
     vae = golden_vae()
     x = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     before = vae.decode_video(vae.encode_video(x[None]))
-    spread = vae.encode(x)[1].exp().mean((0, 2, 3))
-    mean = vae.encode(x)[0].transpose(0, 1).flatten(1).double()
     whiten(vae, x)
     assert vae.config.scaling_factor == 1
     z = vae.encode_video(x[None])[0].transpose(0, 1).flatten(1).double()
     assert difference(z.cov(), torch.eye(4)) < 1e-3 and z.mean(1).abs().max() < 1e-3
     assert difference(vae.decode_video(vae.encode_video(x[None])), before) < 1e-4
-    # The map M has M cov M^T = 1; the new variances are the diagonal of M diag(spread) M^T.
-    m = torch.linalg.lstsq((mean - mean.mean(1, keepdim=True)).T, z.T).solution.T
-    expected = (m @ torch.diag(spread.double()) @ m.T).diagonal()
-    assert difference(vae.encode(x)[1].exp().mean((0, 2, 3)) / expected, torch.ones(4)) < 1e-3
+    assert vae.encode(x)[1].exp().max() < 1e-12
     vae.save(tmp_path)
     again = VAE.from_folder(tmp_path)
     assert difference(again.decode_video(again.encode_video(x[None])), before) < 1e-4

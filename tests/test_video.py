@@ -716,16 +716,16 @@ def test_a_film_strip_has_each_frame_in_its_place():
     assert (strip == 255).all()
 
 
-def test_instructions_stand_beside_the_row_in_red_and_green():
+def test_instructions_stand_beside_the_row_in_blue_and_orange():
     clip, picture = striped(4, (96, 96)), torch.full((3, 96, 96), 7, dtype=torch.uint8)
     plain = film_strip([clip, clip])
     strip = film_strip([clip, clip], first=picture, last=[None, picture])
     assert strip.width == plain.width + 2 * (96 + 8 + 12) and strip.height == plain.height
     middle, right = 12 + 4 + 48, strip.width - 12 - 1
-    assert strip.getpixel((12, middle)) == (214, 48, 49)
+    assert strip.getpixel((12, middle)) == (0, 114, 178)
     assert strip.getpixel((16, middle)) == (7, 7, 7)
     assert strip.getpixel((right, middle)) == WHITE
-    assert strip.getpixel((right, middle + 116)) == (39, 160, 79)
+    assert strip.getpixel((right, middle + 116)) == (201, 80, 0)
 
 
 def test_captions_get_a_line_and_are_cut_where_the_row_ends():
@@ -758,7 +758,7 @@ def test_decibels_count_the_peak_from_black_to_white():
 @pytest.fixture(scope="module")
 def toy():
     model = PixelDance.from_folder(SHIPPED)
-    model.settings = replace(model.settings, steps=1, guidance=1.0)
+    model.settings = replace(model.settings, height=32, width=32, steps=1, guidance=1.0)
     return model
 
 

@@ -25,8 +25,6 @@ from torch import Tensor
 
 from tinydance.schedulers import Schedule, add_noise
 
-LAST_FRAMES = 3  # the last-frame instruction of a training clip is one of its last three [§3.2]
-
 
 def make_c_image(
     f_first: Tensor | None,

@@ -24,14 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tinydance.conditioning import (
-    LAST_FRAMES,
-    ask,
-    make_conditions,
-    noise_level,
-    pick_instructions,
-    sketch,
-)
+from tinydance.conditioning import ask, make_conditions, noise_level, pick_instructions, sketch
 from tinydance.config import Config, autocast, choose_device, choose_dtype
 from tinydance.model import Batch, PixelDance
 from tinydance.noise import draw, generator
@@ -75,7 +68,7 @@ class DiffusionLoss(nn.Module):
 
         # c_image. Three techniques keep the network from copying the last frame [paper §3.2]:
         # 1. it is one of the clip's last three frames, wherever it is put;
-        frames_from_end = (u_from_end * LAST_FRAMES).long().to(device)
+        frames_from_end = (u_from_end * config.last_frames).long().to(device)
         f_first, f_last = pick_instructions(z_0, frames_from_end)
         if config.sketch and f > 1:  # "finetune PixelDance with image sketch" [§4.5]
             _, I_last = pick_instructions(vae.decode_frames(batch.frames), frames_from_end)

@@ -141,19 +141,19 @@ def page(k, made):
     image = Image.new("RGB", (900, 500), WHITE)
     pen = ImageDraw.Draw(image)
 
-    def show(x, y, pixels, times, edge):
-        side = 32 * times
+    def show(x, y, pixels, side, edge):
         pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), edge)
-        image.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+        image.paste(picture, (x, y))
 
     for x, (caption, first, last, frames) in zip((22, 322, 622), made):
         pen.text((x + 128, 30), fill(f"“{caption}”", 26), INK, large, "mm", align="center")
         for at, name, still, edge in ((x, "first", first, BLUE), (x + 160, "last", last, ORANGE)):
             pen.text((at + 48, 66), f"{name} frame", edge, small, "mm")
-            show(at, 80, still, 3, edge)
+            show(at, 80, still, 96, edge)
         pen.line((x + 128, 140, x + 128, 198), GREY, 2)
         pen.polygon([(x + 122, 195), (x + 134, 195), (x + 128, 203)], GREY)
-        show(x, 212, frames[k], 8, ENDS.get(k / 15, LIGHT))
+        show(x, 212, frames[k], 256, ENDS.get(k / 15, LIGHT))
         for j, at in enumerate(range(x + 2, x + 256, 16)):  # how far the clip is
             pen.rectangle((at, 481, at + 11, 486), LIGHT if j > k else ENDS.get(j / 15, GREY))
     return image
@@ -161,9 +161,9 @@ def page(k, made):
 
 if __name__ == "__main__":
     made = clips()
-    architecture(*made[1])  # of the three the one that goes farthest
+    architecture(*made[2])  # of the three the one that goes farthest
     pages = [page(k, made) for k in range(16)]
-    palette = Image.fromarray(np.concatenate(pages)).quantize(250)
+    palette = Image.fromarray(np.concatenate(pages)).quantize(250, kmeans=3)
     exact = [ImageColor.getrgb(colour) for colour in (WHITE, LIGHT, GREY, INK, BLUE, ORANGE)]
     palette.putpalette(palette.getpalette()[:750] + list(np.ravel(exact)))
     pages = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in pages]

@@ -23,23 +23,33 @@ from tinydance.config import autocast, choose_device, choose_dtype
 from tinydance.model import PixelDance
 from tinydance.run.cli import Parser, progress, run_main
 from tinydance.sampling import encode_picture, sample_frames, sample_latents
-from tinydance.toy import SHIPPED, ToyWorld, measure
-from tinydance.toy.measure import (
-    HIDDEN_SEED,
-    Record,
-    choose_world,
-    decibels,
-    sample_clips,
-    sample_hidden,
-    stack_pixels,
-)
+from tinydance.toy import SHIPPED, ToyWorld, evaluate, measure
+from tinydance.toy.paint import BACKGROUNDS, COLOURS, SHAPES
 from tinydance.toy.referee import judge, referee
-from tinydance.toy.world import BACKGROUNDS, COLOURS, SHAPES, describe, render, reverse_motion
+from tinydance.toy.world import Scene, describe, parse
 from tinydance.vae import to_frames
 from tinydance.video.strips import film_strip, show_clips
 
+LOOKS = ("colour", "shape", "background")
 LINKS = 64  # clips of a chain
 STEPS = 20  # of sampling in `tau`, which goes by 5
+
+
+def sample_plain(seed: int, count: int) -> list[Scene]:
+    """Hidden scenes without a second object or a change, whose captions say all the looks."""
+    scenes = [evaluate.keep_looks(scene) for scene in measure.sample_hidden(seed, count)]
+    ends = [replace(scene.end, colour=scene.mover.colour) for scene in scenes]
+    return [replace(s, end=end, says_background=True) for s, end in zip(scenes, ends)]
+
+
+def repaint(scene: Scene, edit: str, n: int) -> Scene:
+    """A plain scene in its n-th other colour, shape or background."""
+    values = {"colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}[edit]
+    others = [value for value in values if value != parse(describe(scene))[edit]]
+    new = {edit: others[n % len(others)]}
+    if edit == "background":
+        return replace(scene, land=replace(scene.land, **new), becomes=new[edit])
+    return replace(scene, mover=replace(scene.mover, **new), end=replace(scene.end, **new))
 
 
 def make_draft(frame: np.ndarray) -> np.ndarray:
@@ -49,93 +59,89 @@ def make_draft(frame: np.ndarray) -> np.ndarray:
     return tiles.repeat(height // 8, axis=1).repeat(width // 8, axis=2).astype(np.uint8)
 
 
-def measure_tau(model: PixelDance, clips: int, seed: int) -> Iterator[Record]:
+def measure_tau(model: PixelDance, clips: int, seed: int) -> Iterator[measure.Record]:
     """How near the given last frame a clip ends, and how smoothly, against tau [paper Fig. 7].
 
     Given are the true last frame, a coarse draft of it, and another clip's: a shot transition
-    [paper §4.2.2]. jump: the mean change of pixels into the last frame, as a multiple of that into
-    the others; 1 is smooth.
+    [paper §4.2.2]. end and jump are the evaluation's; a jump of 1 is smooth.
     """
-    scenes = sample_hidden(seed, clips)
-    truth, prompts = [render(scene) for scene in scenes], [describe(scene) for scene in scenes]
+    scenes = sample_plain(seed, clips)
+    truth, prompts = evaluate.render_all(model, scenes), [describe(scene) for scene in scenes]
     first, last = [clip[0] for clip in truth], [clip[-1] for clip in truth]
     trips = list(measure.make_round_trip(model, [clip[:1] for clip in truth]))
     kinds = {"true": last, "draft": [make_draft(f) for f in last], "another": last[1:] + last[:1]}
     for kind, given in kinds.items():
         for tau in range(0, STEPS + 1, 5):
-            made = sample_clips(model, prompts, first, given, seed, tau=tau, steps=STEPS)
-            for clip, true, goal, trip in zip(made, truth, given, trips):
-                change = np.abs(np.diff(clip.astype(float), axis=0)).mean((1, 2, 3))
-                error = referee(clip).track[-1] - referee(true).track[-1]
+            made = measure.sample_clips(model, prompts, first, given, seed, tau=tau, steps=STEPS)
+            for clip, prompt, true, goal, trip in zip(made, prompts, truth, given, trips):
+                record = evaluate.judge(kind, clip, prompt, true)
                 yield {
                     "given": kind,
                     "tau": tau,
-                    "to the given, dB": decibels(clip[-1], goal),
-                    "to the true, dB": decibels(clip[-1], true[-1]),
-                    "object off, px": float(np.linalg.norm(error)),
-                    "jump": float(change[-1] / (change[:-1].mean() + 0.01)),
-                    "first frame, dB": decibels(clip[0], true[0]),
-                    "the VAE's, dB": decibels(trip[0], true[0]),
+                    "to the given, dB": measure.decibels(clip[-1], goal),
+                    "to the true, dB": measure.decibels(clip[-1], true[-1]),
+                    "end, % of width": record["end"],
+                    "jump": record["jump"],
+                    "first frame, dB": record["first, dB"],
+                    "the VAE's, dB": measure.decibels(trip[0], true[0]),
                 }
 
 
-def measure_drift(model: PixelDance, clips: int, seed: int) -> Iterator[Record]:
-    """Colour, shape and background after every link of chains, which go there and back.
+def measure_drift(model: PixelDance, clips: int, seed: int) -> Iterator[measure.Record]:
+    """Colour, shape and background after every link of chains, which turn where there is room.
 
     By "latent", what is carried over is the last latent; by "pixels", its decoded picture, encoded
     again. sky: how far the topmost rows went from those of the first frame, in grey levels.
     """
-    scenes, settings = sample_hidden(seed, clips), replace(model.settings, seed=seed)
-    start = [render(scene)[0] for scene in scenes]
+    scenes, settings = sample_plain(seed, clips), replace(model.settings, seed=seed)
+    start = [clip[0] for clip in evaluate.render_all(model, scenes)]
     for kind in ("latent", "pixels"):
-        prompts = [describe(scene) for scene in scenes]
-        f_first = encode_picture(model, stack_pixels(start, model))
+        prompts, rng = [describe(scene) for scene in scenes], np.random.default_rng(seed)
+        f_first = encode_picture(model, measure.stack_pixels(start, model))
         for link in range(LINKS):
             keys = [(k, link) if link else (k,) for k in range(clips)]
             z_0 = sample_latents(model, prompts, {"first": f_first}, settings, keys)
             f_first = z_0[:, -1]
             last = to_frames(model.vae.decode_video(z_0[:, -1:])).cpu().numpy()  # b 1 3 H W
             if kind == "pixels":
-                f_first = encode_picture(model, stack_pixels(last[:, 0], model))
-            prompts = [reverse_motion(prompt) for prompt in prompts]
+                f_first = encode_picture(model, measure.stack_pixels(last[:, 0], model))
+            prompts = [evaluate.go_on(prompt, clip, rng) for prompt, clip in zip(prompts, last)]
             for clip, begin, scene in zip(last, start, scenes):
-                verdict = judge(clip, f"a {scene.colour} {scene.shape} {scene.background}")
+                asked = f"a {scene.mover.colour} {scene.mover.shape} {scene.land.background}"
+                verdict = judge(clip, asked)
+                del verdict["change"]  # a single frame has none
                 sky = np.abs(clip[0, :, :4].astype(float) - begin[:, :4]).mean()
                 yield {"carried": kind, "link": link + 1, "sky": float(sky)} | verdict
 
 
-def measure_edit(model: PixelDance, clips: int, seed: int) -> Iterator[Record]:
+def measure_edit(model: PixelDance, clips: int, seed: int) -> Iterator[measure.Record]:
     """First and last frame edited, the clip between made again [paper §4.5]: what is in its middle?
 
     The edit repaints the object or its surroundings, and the caption says so. survives: the
     referee reads the edit from the middle frame; moves: the motion is still the original's.
     """
-    for edit, values in {"colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}.items():
-        scenes = []
-        for n, scene in enumerate(sample_hidden(seed, clips)):
-            others = [value for value in values if value != getattr(scene, edit)]
-            change = {edit: others[n % len(others)], "says_background": True}
-            scenes.append(replace(scene, **change))
-        wanted, prompts = [render(scene) for scene in scenes], [describe(scene) for scene in scenes]
+    for edit in LOOKS:
+        scenes = [repaint(scene, edit, n) for n, scene in enumerate(sample_plain(seed, clips))]
+        wanted, prompts = evaluate.render_all(model, scenes), [describe(scene) for scene in scenes]
         first, last = [clip[0] for clip in wanted], [clip[-1] for clip in wanted]
         for tau in (0.0, model.settings.tau, 1.0):
-            made = sample_clips(model, prompts, first, last, seed, tau=tau)
-            for clip, scene, want in zip(made, scenes, wanted):
+            made = measure.sample_clips(model, prompts, first, last, seed, tau=tau)
+            for clip, asked, want in zip(made, map(parse, prompts), wanted):
                 middle = len(clip) // 2
                 reading = referee(clip[middle : middle + 1])
-                error = reading.track[0] - referee(want).track[middle]
+                off = np.linalg.norm(reading.end - referee(want).track[middle])
                 yield {
                     "edit": edit,
                     "tau": tau,
-                    "survives": getattr(reading, edit) == getattr(scene, edit),
-                    "moves": referee(clip).motion == scene.motion,
-                    "middle off, px": float(np.linalg.norm(error)),
-                    "last frame, dB": decibels(clip[-1], want[-1]),
+                    "survives": getattr(reading, edit) == asked[edit],
+                    "moves": referee(clip).motion == asked["motion"],
+                    "middle off, px": float(off),
+                    "last frame, dB": measure.decibels(clip[-1], want[-1]),
                 }
 
 
 class Figure(NamedTuple):
-    measure: Callable[[PixelDance, int, int], Iterator[Record]]  # of a model, clips, a seed
+    measure: Callable[[PixelDance, int, int], Iterator[measure.Record]]  # of a model, clips, a seed
     made: int  # clips made for each hidden clip
     by: tuple[str, str]  # what a row of the table is: a curve of the plot, and its x
     plotted: tuple[str, ...]  # columns, each a panel
@@ -147,11 +153,7 @@ FIGURES = {
         measure_tau, 15, ("given", "tau"), ("to the given, dB", "to the true, dB", "jump")
     ),
     "drift": Figure(
-        measure_drift,
-        2 * LINKS,
-        ("carried", "link"),
-        ("colour", "shape", "background", "sky"),
-        rows={1, 2, 4, 8, 16, 32, 64},
+        measure_drift, 2 * LINKS, ("carried", "link"), (*LOOKS, "sky"), {1, 2, 4, 8, 16, 32, 64}
     ),
     "edit": Figure(measure_edit, 9, ("edit", "tau"), ("survives", "moves", "last frame, dB")),
 }
@@ -177,7 +179,8 @@ def plot(panels: dict[str, dict[str, list[tuple[float, float]]]], x_label: str, 
 def find_nearest(model: PixelDance, clips: int, count: int = 5):
     """Clips from text beside the nearest of the first `clips` training clips (seed 0): a film
     strip, and the mean absolute distances; also those of true hidden clips, for comparison."""
-    hidden, trained = (ToyWorld(seed, choose_world(model)) for seed in (HIDDEN_SEED, 0))
+    world = measure.choose_world(model)
+    hidden, trained = ToyWorld(measure.HIDDEN_SEED, world), ToyWorld(0, world)
     truth = [hidden.sample(n, "clip") for n in range(count)]
     captions = [sample.caption for sample in truth]
     made = list(to_frames(sample_frames(model, captions)).cpu())
@@ -214,18 +217,17 @@ def main() -> None:
         raise ValueError(f"unknown figure {args.figure!r}; known are: {', '.join(known)}")
     if args.clips < 1:
         raise ValueError(f"clips is {args.clips}; use 1 or more")
-    if args.figure == "nearest":
-        strip, line = find_nearest(PixelDance.from_folder(args.model), args.clips)
-        strip.save(args.out or "nearest.png")
-        print(line)
-        return
     device = choose_device("auto")
-    if args.figure == "strip":
+    if args.figure in ("nearest", "strip"):
         with torch.no_grad(), autocast(device, choose_dtype(args.dtype, device)):
             model = PixelDance.from_folder(args.model).to(device)
-            hidden = ToyWorld(HIDDEN_SEED + args.seed, choose_world(model))
-            samples = [hidden.sample(n) for n in range(args.clips)]
-            show_clips(model, samples, args.seed).save(args.out or "strip.png")
+            if args.figure == "nearest":
+                strip, line = find_nearest(model, args.clips)
+                print(line)
+            else:
+                hidden = ToyWorld(measure.HIDDEN_SEED + args.seed, measure.choose_world(model))
+                strip = show_clips(model, [hidden.sample(n) for n in range(args.clips)], args.seed)
+        strip.save(args.out or f"{args.figure}.png")
         return
     figure = FIGURES[args.figure]
     if args.read:

@@ -41,15 +41,16 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, clips: Tensor) -> Tensor:
-        """uint8 (n, f, 3, H, W) -> (n, d); "inception" takes every frame for itself: (n f, d)."""
-        pixels = check_clips(clips).to(self.device)
-        if self.kind == "inception":
-            return self.network(pixels.flatten(0, 1), **CALLS[self.kind]).float().cpu()
-        if clips.shape[1] < FEWEST:
-            raise ValueError(
-                f"clips of {clips.shape[1]} frames; {self.kind} needs {FEWEST} or more"
-            )
-        return self.network(pixels.transpose(1, 2).float(), **CALLS[self.kind]).float().cpu()
+        """uint8 (n, f, 3, H, W) -> (n, d); "inception" takes every frame for itself: (n f, d).
+
+        In float32, whatever the models that made the clips are sampled in."""
+        pixels, f = check_clips(clips).to(self.device), clips.shape[1]
+        if self.kind != "inception" and f < FEWEST:
+            raise ValueError(f"clips of {f} frames; {self.kind} needs {FEWEST} or more")
+        is_of_frames = self.kind == "inception"
+        x = pixels.flatten(0, 1) if is_of_frames else pixels.transpose(1, 2).float()
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            return self.network(x, **CALLS[self.kind]).float().cpu()
 
     def describe(self) -> str:
         return f"{self.kind} {self.path.name}, sha256 {self.sha256[:16]}"

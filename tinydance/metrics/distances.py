@@ -72,10 +72,3 @@ def check(features: Tensor) -> Tensor:
     if features.ndim != 2 or not torch.isfinite(features).all():
         raise ValueError(f"features {[*features.shape]}: must be (n, d), and finite")
     return features
-
-
-def bootstrap(values, statistic=np.mean, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of a statistic over samples drawn with replacement [bootstrap]."""
-    values, rng = np.asarray(values), np.random.default_rng(seed)
-    picks = rng.integers(len(values), size=(draws, len(values)))
-    return tuple(np.quantile([statistic(values[pick]) for pick in picks], (0.025, 0.975)).tolist())

@@ -79,3 +79,10 @@ def format_table(head: Sequence[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def bootstrap(values, statistic=np.mean, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of a statistic over samples drawn with replacement [bootstrap]."""
+    values, rng = np.asarray(values), np.random.default_rng(seed)
+    picks = rng.integers(len(values), size=(draws, len(values)))
+    return tuple(np.quantile([statistic(values[pick]) for pick in picks], (0.025, 0.975)).tolist())

@@ -27,10 +27,11 @@ class ToyWorld:
         """Return clip n; or one frame of it as a clip with f = 1: the "first", or of "any" time.
         The UNet's images are first frames: were they of any time, a clip from text alone could
         begin where its motion ends."""
-        frames, caption = make_clip(self.seed, n, self.world)
+        pick = slice(None)
         if kind != "clip":
             k = rng("frame", self.seed, n).integers(self.frames) if kind == "any" else 0
-            frames = frames[k : k + 1]
+            pick = slice(k, k + 1)
+        frames, caption = make_clip(self.seed, n, self.world, pick)
         return Sample(torch.from_numpy(frames), caption, f"toy/{self.seed}/{n}")
 
     def hold_out(self) -> "ToyWorld":

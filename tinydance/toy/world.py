@@ -1,73 +1,56 @@
 """A procedural world of captioned clips, in which minutes of training on a laptop show.
 
-It stands in for the paper's WebVid-10M (section 4.1): endless, and small. One object moves before a
-quiet landscape. Each of PixelDance's three conditions says something that the others do not: the
-first frame how everything looks, the caption what will happen, the last frame how far it goes.
+It stands in for the paper's WebVid-10M (section 4.1): endless, and small. An object moves before a
+quiet landscape, sometimes past another one. Each of PixelDance's three instructions says what the
+others cannot: the first frame how everything looks, the caption what happens, the last frame where
+the object ends and what has become of it. No caption says that.
 
 Every choice in this file is [ours: paper silent]. The shipped models were trained on these very
 clips: whoever changes the world must train them again.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
-# Lengths are in units, of which the picture has 32 whatever its number of pixels: a scene can be
-# rendered at any size. x points right, y down, and angles turn clockwise.
-UNITS, MIDDLE = 32, 16
+from tinydance.toy.paint import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    ground_depth,
+    paint_background,
+    paint_depth,
+    paint_thing,
+    pixel_grid,
+)
 
-COLOURS = {"red": (226, 54, 52), "green": (38, 166, 78), "blue": (48, 92, 232)}
-COLOURS |= {"yellow": (250, 206, 46)}
-
-# The shapes with corners: (how many, radius of a corner, radius halfway to the next one, and the
-# angle of the first, which stands the shape upright). A star has four rays.
-POLYGONS = {
-    "triangle": (3, 1.42, 1.42 * np.cos(np.pi / 3), -np.pi / 2),
-    "star": (4, 1.6, 0.62, -np.pi / 2),
-}
-SHAPES = ("circle", "triangle", "star")  # far apart in latents too: a square is almost a circle
-
-# phrase -> the colours of the sky's top, the sky at the horizon, the ground at the horizon and the
-# picture's bottom; and the height of the hills. Muted, so that every object stands out on each.
-BACKGROUNDS = {
-    "at night": ((16, 18, 46), (66, 60, 104), (40, 46, 58), (24, 28, 38), 1.3),
-    "at dawn": ((128, 134, 176), (242, 200, 182), (142, 112, 120), (104, 82, 98), 1.5),
-    "by the sea": ((170, 198, 212), (226, 232, 226), (96, 140, 150), (126, 164, 166), 0.4),
-    "on snow": ((158, 172, 192), (208, 214, 224), (244, 246, 250), (224, 230, 238), 1.1),
-}
+# How a clip may end. What changes, and what comes behind a cut, only the last frame tells.
+NIGHT, CHANGE, CUT = CHANGES = "until night falls", "until something changes", "until a cut"
 
 
-class Pose(NamedTuple):
-    """Where an object is, seen from where it began: an offset in units, a factor on its size."""
+class Motion(NamedTuple):
+    """What a caption says of a path. Where it ends is free: up to 38 degrees off `angle`, near or
+    far; anywhere where the angle is None."""
 
-    dx: float | np.ndarray = 0.0
-    dy: float | np.ndarray = 0.0
-    scale: float | np.ndarray = 1.0
-
-
-def travel(e):  # how far an object moves in all, in units
-    return 5.5 + 3.0 * e
+    angle: float | None = None  # in radians, 0 to the right, clockwise
+    hops: bool = False  # twice
+    growth: int = 0  # 1 larger, -1 smaller
 
 
-def hop(u, e):  # how high it hops, up being negative: the flight of a thrown ball, twice
-    v = 2 * u % 1.0
-    return -(4.5 + 2.0 * e) * 4 * v * (1 - v)
-
-
-# phrase -> pose at time u in [0, 1], which may be an array; e in [0, 1] is how far this clip goes.
 MOTIONS = {
-    "moves to the right": lambda u, e: Pose(dx=travel(e) * u),
-    "moves to the left": lambda u, e: Pose(dx=-travel(e) * u),
-    "moves up": lambda u, e: Pose(dy=-travel(e) * u),
-    "moves down": lambda u, e: Pose(dy=travel(e) * u),
-    "grows": lambda u, e: Pose(scale=(1.45 + 0.3 * e) ** u),
-    "shrinks": lambda u, e: Pose(scale=(0.68 - 0.18 * e) ** u),
-    "bounces to the right": lambda u, e: Pose(dx=travel(e) * u, dy=hop(u, e)),
-    "bounces to the left": lambda u, e: Pose(dx=-travel(e) * u, dy=hop(u, e)),
+    "moves to the right": Motion(0.0),
+    "moves to the left": Motion(np.pi),
+    "moves up": Motion(-np.pi / 2),
+    "moves down": Motion(np.pi / 2),
+    "grows": Motion(growth=1),
+    "shrinks": Motion(growth=-1),
+    "bounces to the right": Motion(0.0, hops=True),
+    "bounces to the left": Motion(np.pi, hops=True),
 }
+SPREAD = np.radians(38)
 # A chain of clips goes there and back, or the object would leave the picture.
 OPPOSITES = {"right": "left", "up": "down", "grows": "shrinks"}
 OPPOSITES |= {back: there for there, back in OPPOSITES.items()}
@@ -77,123 +60,183 @@ OPPOSITES |= {back: there for there, back in OPPOSITES.items()}
 class World:
     """size x size pixels, `frames` frames a clip."""
 
-    size: int = 32
+    size: int = 64
     frames: int = 16
 
 
 @dataclass(frozen=True)
-class Scene:
-    """All that a clip is made from: keys of the tables above, and numbers in units."""
+class Thing:
+    """An object: keys of the tables above, its centre and radius in units."""
 
     shape: str
     colour: str
-    background: str
-    motion: str
-    says_background: bool  # does the caption?
-    x: float  # where the object starts
+    x: float
     y: float
     radius: float
-    extent: float  # in [0, 1]: how far the motion goes
+
+    def parts(self) -> tuple:
+        """What `paint_thing` takes."""
+        return self.shape, np.array(COLOURS[self.colour]), self.x, self.y, self.radius
+
+
+@dataclass(frozen=True)
+class Land:
+    background: str
     horizon: float  # its height, y
     hills: float  # their phase, radians
-    light: float  # a factor on the background's brightness
+    light: float  # a factor on the brightness
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that a clip is made from."""
+
+    mover: Thing  # as it begins
+    motion: str
+    end: Thing  # the mover as it ends; the colour changes halfway
+    hop: float  # how high it hops, in units
+    other: Thing | None  # stands still
+    other_in_front: bool
+    land: Land  # as it begins
+    becomes: str  # the landscape that fades in, a key of BACKGROUNDS; mostly land's own
+    change: str  # of CHANGES, as the caption says it, or ""
+    cut: float  # share of the clip behind which `after` is on screen
+    after: tuple[Thing, Land] | None
+    says_background: bool  # does the caption?
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene. No draw depends on another: the first frame tells nothing of the motion, and
-    the caption nothing of the extent. The order of the draws is part of the data set: keep it."""
+    """Draw a scene. The order of the draws is part of the data set: keep it."""
+    shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
+    land, motion = sample_land(rng), str(rng.choice(list(MOTIONS)))
+    u = rng.random(6)
+    begin, end = sample_path(rng, MOTIONS[motion])
+    growth = {0: 1.0, 1: 1.5 + 0.3 * u[2], -1: 0.58 + 0.12 * u[2]}[MOTIONS[motion].growth]
+    mover, turned, becomes = Thing(shape, colour, *begin, 2.8 + 0.4 * u[0]), colour, land.background
+    change = ("", NIGHT, CHANGE, CUT)[np.searchsorted((0.66, 0.78, 0.92), u[3])]
+    if change == NIGHT and becomes == "at night":  # it has fallen already
+        change = ""
+    elif change == NIGHT:
+        becomes = "at night"
+    elif change == CHANGE and u[4] < 0.5:
+        turned = str(rng.choice([name for name in COLOURS if name != colour]))
+    elif change == CHANGE:
+        becomes = str(rng.choice([name for name in BACKGROUNDS if name != becomes]))
     return Scene(
-        shape=str(rng.choice(SHAPES)),
-        colour=str(rng.choice(list(COLOURS))),
-        background=str(rng.choice(list(BACKGROUNDS))),
+        mover=mover,
+        motion=motion,
+        end=Thing(shape, turned, *end, mover.radius * growth),
+        hop=4 + 2 * u[1] if MOTIONS[motion].hops else 0.0,
+        other=sample_other(rng, mover, end, {colour, turned}) if u[5] < 0.35 else None,
+        other_in_front=bool(rng.random() < 0.5),
+        land=land,
+        becomes=becomes,
+        change=change,
+        cut=rng.uniform(0.5, 0.7) if change == CUT else 1.0,
+        after=(sample_thing(rng), sample_land(rng, land.background)) if change == CUT else None,
         says_background=bool(rng.random() < 0.75),
-        x=rng.uniform(13.5, 18.5),
-        y=rng.uniform(13.5, 18.5),
-        radius=rng.uniform(5.0, 6.5),
-        horizon=rng.uniform(19, 23),
-        hills=rng.uniform(0, 2 * np.pi),
-        light=rng.uniform(0.93, 1.05),
-        motion=str(rng.choice(list(MOTIONS))),
-        extent=rng.random(),
     )
 
 
-# A signed distance gives every pixel its share of the object, hence smooth edges.
-def signed_distance(shape, x, y):
-    """Distance of (x, y) from the outline of a shape of radius 1 at the origin; negative inside."""
-    rho = np.hypot(x, y)
-    if shape == "circle":
-        return rho - 1.0
-    corners, tip, dent, first = POLYGONS[shape]
-    # Fold the plane onto one half of one edge, a line from the corner (tip, 0) to (end_x, end_y).
-    half = np.pi / corners
-    phi = np.abs((np.arctan2(y, x) - first + half) % (2 * half) - half)
-    end_x, end_y = dent * np.cos(half), dent * np.sin(half)
-    cross = end_y * (rho * np.cos(phi) - tip) - (end_x - tip) * rho * np.sin(phi)
-    return cross / np.hypot(end_x - tip, end_y)
+def sample_land(rng, but: str = "") -> Land:
+    background = str(rng.choice([name for name in BACKGROUNDS if name != but]))
+    return Land(background, rng.uniform(19, 23), rng.uniform(0, 2 * np.pi), rng.uniform(0.93, 1.05))
 
 
-def pixel_grid(size: int):
-    """y and x of the pixels' centres in units, each (1, h, w)."""
-    centres = (np.arange(size) + 0.5) * UNITS / size
-    return np.meshgrid([0.0], centres, centres, indexing="ij")[1:]
+def sample_thing(rng, taken=()) -> Thing:
+    shape, colour = rng.choice(SHAPES), rng.choice([c for c in COLOURS if c not in taken])
+    return Thing(str(shape), str(colour), *rng.uniform(6, 26, 2), rng.uniform(2.8, 3.2))
 
 
-def paint_background(background: str, x, y, horizon=21.0, hills=0.0, light=1.0) -> np.ndarray:
-    """Sky over rolling ground. x, y (1, h, w) in units -> (1, 3, h, w) in 0..255, not rounded."""
-    *palette, rise = BACKGROUNDS[background]
-    top, high, low, bottom = (np.array(c, float)[:, None, None] for c in palette)
-    hills = rise * (np.sin(x * 0.28 + hills) + 0.4 * np.sin(x * 0.61 + 2 * hills))
-    below = (y - horizon)[:, None]
-    # The colours run straight down; only the line between sky and ground follows the hills.
-    sky = high + (top - high) * np.clip(-below / 20, 0, 1)
-    ground = low + (bottom - low) * np.clip(below / 10, 0, 1)
-    is_ground = np.clip(below - hills[:, None] + 0.5, 0, 1)
-    return light * (sky + (ground - sky) * is_ground)
+def sample_path(rng, motion: Motion, begin=None) -> tuple[np.ndarray, np.ndarray]:
+    """Where a path begins (if that is open) and ends: (x, y) each, in the picture with its hops."""
+    low, given = np.array([4.5, 10.5 if motion.hops else 4.5]), begin
+    while True:
+        begin = rng.uniform(low, 27.5) if given is None else given
+        angle = rng.uniform(-np.pi, np.pi)
+        if motion.angle is not None:
+            angle = motion.angle + angle / np.pi * SPREAD
+        far = rng.uniform(4, 11) if motion.growth else rng.uniform(6, 20)
+        end = begin + far * np.array([np.cos(angle), np.sin(angle)])
+        if (end > low).all() and (end < 27.5).all():
+            return begin, end
 
 
-def place(scene: Scene, world: World):
-    """Where the object is: x and y from its centre in radii, and its share of each pixel, each
-    (f, h, w)."""
-    pose = MOTIONS[scene.motion](np.linspace(0, 1, world.frames), scene.extent)
-    dx, dy, scale = (np.reshape(part, (-1, 1, 1)) for part in pose)  # f 1 1, or 1 1 1 if constant
+def sample_other(rng, mover: Thing, end, taken) -> Thing | None:
+    """A second object, as often as not in the way; clear of where the path begins and ends."""
+    begin = np.array([mover.x, mover.y])
+    for _ in range(20):
+        thing = sample_thing(rng, taken)
+        if rng.random() < 0.5:
+            x, y = begin + (end - begin) * rng.uniform(0.35, 0.65) + rng.uniform(-1.5, 1.5, 2)
+            thing = replace(thing, x=float(x), y=float(y))
+        place = np.array([thing.x, thing.y])
+        if min(np.linalg.norm(place - begin), np.linalg.norm(place - end)) > 8:
+            return thing
+    return None
+
+
+def arrange(scene: Scene, u: np.ndarray) -> list[tuple]:
+    """What `paint_thing` takes of each object, the one in front last. u (n,): times, 0 at the
+    begin, 1 at the end or at the last frame before the cut."""
+    begin, end, v = scene.mover, scene.end, 2 * u % 1.0
+    cx = begin.x + (end.x - begin.x) * u
+    cy = begin.y + (end.y - begin.y) * u - scene.hop * 4 * v * (1 - v)
+    radius = begin.radius * (end.radius / begin.radius) ** u
+    colour = np.where(u[:, None] < 0.5, COLOURS[begin.colour], COLOURS[end.colour])
+    things = [(begin.shape, colour, cx, cy, radius)]
+    things += [scene.other.parts()] if scene.other else []
+    return things if scene.other_in_front else things[::-1]
+
+
+def render(scene: Scene, world: World = World(), pick: slice = slice(None)) -> np.ndarray:
+    """The clip of a scene, or those of its frames that are picked: uint8 (f, 3, H, W)."""
+    seen, t = round(world.frames * scene.cut), np.arange(world.frames)[pick]
+    u = t / max(1, seen - 1)
     y, x = pixel_grid(world.size)  # 1 h w
-    radius = scene.radius * scale
-    px, py = (x - scene.x - dx) / radius, (y - scene.y - dy) / radius
-    pixels = radius * world.size / UNITS
-    return px, py, np.clip(0.5 - signed_distance(scene.shape, px, py) * pixels, 0, 1)
-
-
-def render(scene: Scene, world: World = World()) -> np.ndarray:
-    """The clip of a scene: uint8 (f, 3, H, W)."""
-    px, py, cover = (part[:, None] for part in place(scene, world))  # f 1 h w
-    y, x = pixel_grid(world.size)  # 1 h w
-    back = paint_background(scene.background, x, y, scene.horizon, scene.hills, scene.light)
-    shade = 1 - 0.16 * np.clip(px + py, -1.4, 1.4)  # lit from the top left
-    gleam = 50 * np.exp(-((px + 0.35) ** 2 + (py + 0.35) ** 2) / 0.12)
-    colour = np.array(COLOURS[scene.colour], float)[:, None, None]
-    clip = back + (np.minimum(colour * shade + gleam, 255) - back) * cover  # f 3 h w
-    return np.rint(np.clip(clip, 0, 255)).astype(np.uint8)
+    frames = np.repeat(paint_background(x=x, y=y, **vars(scene.land)), len(u), axis=0)
+    if scene.becomes != scene.land.background:
+        other = paint_background(x=x, y=y, **vars(scene.land) | {"background": scene.becomes})
+        frames += (other - frames) * u[:, None, None, None]
+    for thing in arrange(scene, u):
+        paint_thing(frames, *thing)
+    if scene.after:
+        thing, land = scene.after
+        after = paint_background(x=x, y=y, **vars(land))
+        paint_thing(after, *thing.parts())
+        frames[t >= seen] = after
+    return np.rint(np.clip(frames, 0, 255)).astype(np.uint8)
 
 
 def render_depth(scene: Scene, world: World = World()) -> np.ndarray:
-    """How near everything is, as depth estimators tell it: float32 (f, 1, H, W), from -1 for the
-    sky over 0 where the ground leaves the picture to 1 for the object."""
-    *_, cover = place(scene, world)
-    ground = np.clip((pixel_grid(world.size)[0] - scene.horizon) / (UNITS - scene.horizon), 0, 1)
-    return (ground - 1 + (2 - ground) * cover).astype(np.float32)[:, None]
+    """How near everything is, as depth estimators say it: float32 (f, 1, H, W), from -1 for the
+    sky over 0 where the ground leaves the picture to 1 for the object in front."""
+    seen, t = round(world.frames * scene.cut), np.arange(world.frames)
+    depth = np.repeat(ground_depth(world.size, scene.land.horizon), len(t), axis=0)
+    things = arrange(scene, t / max(1, seen - 1))
+    for nearness, thing in zip((0.6, 1.0)[-len(things) :], things):
+        paint_depth(depth, nearness, *thing)
+    if scene.after:
+        thing, land = scene.after
+        after = ground_depth(world.size, land.horizon)
+        paint_depth(after, 1.0, *thing.parts())
+        depth[t >= seen] = after
+    return depth.astype(np.float32)
 
 
 def describe(scene: Scene) -> str:
-    """The scene's caption, such as "a red circle bounces to the right at night"."""
-    words = ["a", scene.colour, scene.shape, scene.motion]
-    return " ".join(words + [scene.background] * scene.says_background)
+    """The scene's caption, such as "a red circle grows beside a blue star at dawn until a cut"."""
+    words = ["a", scene.mover.colour, scene.mover.shape, scene.motion]
+    if scene.other:
+        words += ["beside a", scene.other.colour, scene.other.shape]
+    words += [scene.land.background] * scene.says_background + [scene.change]
+    return " ".join(words).strip()
 
 
-def make_clip(seed: int, index: int, world: World = World()) -> tuple[np.ndarray, str]:
+def make_clip(seed, index, world=World(), pick=slice(None)) -> tuple[np.ndarray, str]:
     """Clip `index` of the endless data set `seed`: uint8 (f, 3, H, W), and its caption."""
     scene = sample_scene(np.random.default_rng([seed, index]))
-    return render(scene, world), describe(scene)
+    return render(scene, world, pick), describe(scene)
 
 
 def reverse_motion(caption: str) -> str:
@@ -201,28 +244,27 @@ def reverse_motion(caption: str) -> str:
     return " ".join(OPPOSITES.get(word, word) for word in caption.split())
 
 
-def captions() -> list[str]:
-    """Every distinct caption."""
-    places = ["", *(f" {phrase}" for phrase in BACKGROUNDS)]
-    parts = product(COLOURS, SHAPES, MOTIONS, places)
-    return [f"a {colour} {shape} {motion}{place}" for colour, shape, motion, place in parts]
-
-
 def vocabulary() -> list[str]:
     """Every word that a caption can contain, sorted."""
-    phrases = ["a", *COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS]
+    phrases = ["a beside", *COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS, *CHANGES]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
-PARTS = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "background": BACKGROUNDS}
-PARTS = "".join(f"( (?P<{name}>{'|'.join(words)}))?" for name, words in PARTS.items())
+def any_of(name: str, words, before: str = "") -> str:
+    return f"({before} (?P<{name}>{'|'.join(words)}))?"
+
+
+PAIRS = [" ".join(pair) for pair in product(COLOURS, SHAPES)]
+GRAMMAR = "a" + any_of("colour", COLOURS) + any_of("shape", SHAPES) + any_of("motion", MOTIONS)
+GRAMMAR += any_of("other", PAIRS, " beside a")
+GRAMMAR += any_of("background", BACKGROUNDS) + any_of("change", CHANGES)
 
 
 def parse(caption: str) -> dict[str, str]:
-    """What a caption mentions: attribute -> word, named as in `Scene`. Any part after the first
-    "a" may be missing. ValueError for an unknown word, or for words in another order."""
-    match = re.fullmatch("a" + PARTS, " ".join(caption.split()))
+    """What a caption mentions: attribute -> word, named as in `referee.Reading`. Any part after the
+    first "a" may be missing. ValueError for an unknown word, or for words in another order."""
+    match = re.fullmatch(GRAMMAR, " ".join(caption.split()))
     if match is None:
-        words = f"{captions()[0]!r}, with some of the words {' '.join(vocabulary())}"
-        raise ValueError(f"{caption!r} is no caption of the toy world; write it like {words}")
+        like = f"'a red circle grows beside a blue star at dawn', of {' '.join(vocabulary())}"
+        raise ValueError(f"{caption!r} is no caption of the toy world; write it like {like}")
     return {name: word for name, word in match.groupdict().items() if word is not None}

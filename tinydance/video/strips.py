@@ -1,7 +1,7 @@
 """Film strips, as the paper prints its videos, and the strips that a training draws of its model.
 
 A strip has a row for each clip: its caption, its frames from left to right, and beside them the
-pictures that were given, the first frame in a red border and the last frame in a green one.
+pictures that were given, the first frame in a blue border and the last frame in an orange one.
 """
 
 import unicodedata
@@ -15,7 +15,7 @@ from tinydance.model import PixelDance, Sample
 from tinydance.sampling import sample_frames
 from tinydance.vae import to_frames
 
-RED, GREEN, GREY = "#d63031", "#27a04f", "#666666"
+BLUE, ORANGE, GREY = "#0072b2", "#c95000", "#666666"  # which everybody can tell apart
 GAP, BORDER, MARGIN, LINE = 2, 4, 12, 22  # pixels between frames, of a border, a margin, a caption
 
 
@@ -46,7 +46,7 @@ def film_strip(clips, captions=None, every=1, scale=None, first=None, last=None)
         draw.text((x_clip, top), text, GREY, font)
         for i, picture in enumerate(scaled_pictures(clip[::every], scale)):
             strip.paste(picture, (x_clip + i * (width + GAP), top + line + BORDER))
-        for picture, x, colour in zip(given, (MARGIN, x_last), (RED, GREEN)):
+        for picture, x, colour in zip(given, (MARGIN, x_last), (BLUE, ORANGE)):
             if picture is not None:
                 picture = scaled_pictures(picture[None], scale)[0]
                 strip.paste(ImageOps.expand(picture, BORDER, colour), (x, top + line))
