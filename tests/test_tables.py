@@ -75,7 +75,8 @@ def test_figures_get_worse_rung_by_rung():
     rungs += [np.stack([rng.permutation(clip) for clip in truth])]
     rungs += [rng.integers(256, size=truth.shape, dtype=np.uint8)]
     ruler = tables.Ruler(truth)
-    climbed = [ruler(clips)["FVD"][0] for clips in rungs]
+    fvd = ruler.detectors["FVD"]
+    climbed = [ruler.compare("FVD", fvd(torch.from_numpy(clips))) for clips in rungs]
     assert climbed == sorted(climbed) and len({*climbed}) == len(rungs), climbed
 
 
@@ -101,12 +102,14 @@ def test_a_row_is_of_the_models_that_its_training_left(free, monkeypatch, tmp_pa
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("table", ["tau", "guidance", "condition"])
-def test_rows_of_one_model_differ_in_what_they_change(free, monkeypatch, table):
-    run(monkeypatch, table, "--clips", CLIPS)
+def test_rows_of_one_model_differ_in_what_they_change(free, monkeypatch):
+    monkeypatch.setattr(tables.Ruler, "__call__", lambda self, clips: {})
+    run(monkeypatch, "condition", "--clips", CLIPS)
     changes = [changes for _, changes in free]
-    assert changes == [line.changes for line in tables.TABLES[table]]
-    assert len({str(change) for change in changes}) == len(changes)
+    assert changes == [line.changes for line in tables.TABLES["condition"]]
+    for table in ("tau", "guidance", "condition"):
+        changes = [str(line.changes) for line in tables.TABLES[table]]
+        assert len({*changes}) == len(changes) > 3
 
 
 def test_every_training_is_a_command_that_train_py_takes():

@@ -353,7 +353,7 @@ def test_the_referee_reads_true_clips_after_blur_and_noise(clips, scenes):
 @torch.no_grad()
 def test_the_referee_reads_true_clips_after_the_shipped_vae():
     """What an evaluation finds missing is then missing in the networks' clips."""
-    vae, scenes = VAE.from_folder(SHIPPED / "vae").eval(), draw_each_motion(24, seed=77)
+    vae, scenes = VAE.from_folder(SHIPPED / "vae").eval(), draw_each_motion(20, seed=77)
     made = []
     for i in range(0, len(scenes), 16):
         frames = np.stack([render(scene) for scene in scenes[i : i + 16]])
