@@ -14,7 +14,7 @@ from tinydance.toy.paint import SHAPES
 from tinydance.toy.world import MOTIONS, describe, render
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-CLIPS = 60  # more than the 48 numbers of a feature
+CLIPS = 50  # more than the 48 numbers of a feature
 
 
 @pytest.fixture
