@@ -45,9 +45,9 @@ class Detector:
 
         In float32, whatever the models that made the clips are sampled in."""
         pixels, f = check_clips(clips).to(self.device), clips.shape[1]
-        if self.kind != "inception" and f < FEWEST:
-            raise ValueError(f"clips of {f} frames; {self.kind} needs {FEWEST} or more")
         is_of_frames = self.kind == "inception"
+        if not is_of_frames and f < FEWEST:
+            raise ValueError(f"clips of {f} frames; {self.kind} needs {FEWEST} or more")
         x = pixels.flatten(0, 1) if is_of_frames else pixels.transpose(1, 2).float()
         with torch.autocast(torch.device(self.device).type, enabled=False):
             return self.network(x, **CALLS[self.kind]).float().cpu()

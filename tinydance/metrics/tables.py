@@ -89,6 +89,7 @@ class Ruler:
         files = {"FVD": ("i3d", CLIPS), "FID": ("inception", FRAMES), "IS": ("c3d", CLIPS)}
         self.detectors = {name: Detector(*file, device) for name, file in files.items()}
         self.real = self.look(real)
+        self.compare("FVD", self.real["FVD"])  # too few clips: an error before any is sampled
 
     def look(self, clips: np.ndarray) -> dict[str, Tensor]:
         """-> features by name, those of one clip in one row: (n, d), of frames (n, f, d)."""
